@@ -1,0 +1,362 @@
+//! The bodies of frames, one struct a kind. Bodies are rkyv archives (little-endian, unaligned, 32-bit relative
+//! pointers, root at the end) and are read where they lie with [`access`]. Source: `protocol/README.md`, "Messages".
+
+use rkyv::api::high::{HighValidator, to_bytes_in};
+use rkyv::bytecheck::CheckBytes;
+use rkyv::rancor;
+use rkyv::{Archive, Deserialize, Portable, Serialize};
+
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $name:ident = $number:literal;)*) => {
+        /// What a frame is. Numbers are never reused.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        pub enum Kind {
+            $($(#[$doc])* $name = $number,)*
+        }
+
+        impl Kind {
+            pub const ALL: &'static [Kind] = &[$(Kind::$name),*];
+
+            pub fn from_number(number: u8) -> Option<Kind> {
+                match number {
+                    $($number => Some(Kind::$name),)*
+                    _ => None,
+                }
+            }
+        }
+
+        $(
+            impl Message for $name {
+                const KIND: Kind = Kind::$name;
+
+                fn archive_to(&self, out: &mut Vec<u8>) {
+                    to_bytes_in::<_, rancor::Panic>(self, out).expect("archiving into memory does not fail");
+                }
+            }
+        )*
+    };
+}
+
+kinds! {
+    /// The first frame of a client.
+    Hello = 1;
+    /// The answer to `Hello`.
+    Welcome = 2;
+    /// The answer to any request that failed.
+    Error = 3;
+    Ping = 4;
+    Pong = 5;
+    /// The answer to a request that has nothing else to tell.
+    Done = 6;
+
+    CreateTopic = 10;
+    DeleteTopic = 11;
+    ListTopics = 12;
+    /// The answer to `ListTopics`.
+    Topics = 13;
+    /// Asks where the partitions of a topic live, and for its policy.
+    Lookup = 14;
+    /// The answer to `CreateTopic` and `Lookup`.
+    Topic = 15;
+    DescribePartition = 16;
+    /// The answer to `DescribePartition`.
+    PartitionState = 17;
+
+    OpenProducer = 30;
+    ProducerOpened = 31;
+    /// Payload: one batch.
+    Publish = 32;
+    Published = 33;
+
+    /// Asks for batches from an offset on; waits for the first if there is none.
+    Fetch = 40;
+    /// Payload: batches, each padded to 16 bytes.
+    Fetched = 41;
+    /// Asks for the offset of a place.
+    Locate = 42;
+    Located = 43;
+
+    Subscribe = 50;
+    Subscribed = 51;
+    /// Grants credit to the node; has no answer.
+    Flow = 52;
+    /// Pushed by the node. Payload: batches, each padded to 16 bytes.
+    Deliver = 53;
+    /// Moves the cursor of a subscription.
+    Ack = 54;
+    Seek = 55;
+    /// Ends a consumer; the subscription and its cursor stay.
+    CloseConsumer = 56;
+    /// Ends a subscription with its cursor.
+    DeleteSubscription = 57;
+}
+
+/// A body that knows its kind.
+pub trait Message {
+    const KIND: Kind;
+
+    /// Appends the archive to `out`.
+    fn archive_to(&self, out: &mut Vec<u8>);
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the body is no valid {kind:?}: {reason}")]
+pub struct BodyError {
+    pub kind: Kind,
+    pub reason: String,
+}
+
+/// Checks `body` and returns the archive where it lies. Every offset, length, enum and string is checked.
+pub fn access<M>(body: &[u8]) -> Result<&M::Archived, BodyError>
+where
+    M: Message + Archive,
+    M::Archived: Portable + for<'a> CheckBytes<HighValidator<'a, rancor::Error>>,
+{
+    rkyv::access::<M::Archived, rancor::Error>(body)
+        .map_err(|error| BodyError { kind: M::KIND, reason: error.to_string() })
+}
+
+/// Checks `body` and copies it out.
+pub fn decode<M>(body: &[u8]) -> Result<M, BodyError>
+where
+    M: Message + Archive,
+    M::Archived:
+        Portable + for<'a> CheckBytes<HighValidator<'a, rancor::Error>> + Deserialize<M, rkyv::api::high::HighDeserializer<rancor::Error>>,
+{
+    rkyv::from_bytes::<M, rancor::Error>(body).map_err(|error| BodyError { kind: M::KIND, reason: error.to_string() })
+}
+
+/// When a publish is acknowledged.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[rkyv(derive(Debug, Clone, Copy, PartialEq, Eq))]
+pub enum Durability {
+    /// After the durable write of the entry and of all before it.
+    #[default]
+    Disk,
+    /// When the entry is staged in memory; it reaches the disk with the next flush, and a crash before that loses it.
+    Memory,
+}
+
+/// What a topic promises and what it may use.
+#[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[rkyv(derive(Debug))]
+pub struct TopicPolicy {
+    /// 1..=1024.
+    pub partitions: u32,
+    pub durability: Durability,
+    /// Closed ledgers whose newest message is older are deleted. 0: kept for ever.
+    pub retention_ms: u64,
+    /// Oldest closed ledgers of a partition are deleted while it holds more. 0: no limit.
+    pub retention_bytes: u64,
+    /// What one partition may hold in the ledger cache. 0: as much as the shard has.
+    pub cache_bytes: u64,
+    /// Nodes that hold each entry.
+    pub replicas: u8,
+    /// Nodes that must hold an entry before it is acknowledged.
+    pub ack_quorum: u8,
+}
+
+impl Default for TopicPolicy {
+    fn default() -> Self {
+        Self {
+            partitions: 1,
+            durability: Durability::Disk,
+            retention_ms: 0,
+            retention_bytes: 0,
+            cache_bytes: 0,
+            replicas: 1,
+            ack_quorum: 1,
+        }
+    }
+}
+
+/// Where one partition lives.
+#[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[rkyv(derive(Debug))]
+pub struct PartitionPlace {
+    pub partition: u64,
+    /// 0-based place in its topic.
+    pub index: u32,
+    pub node: u64,
+    pub shard: u16,
+    /// Host or IP of the owner; empty: the host that the client is connected to.
+    pub host: String,
+    /// Port of the owning core.
+    pub port: u16,
+}
+
+/// A place in a partition, as a reader names it.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+#[rkyv(derive(Debug))]
+pub enum Place {
+    /// The oldest message that is kept.
+    Earliest,
+    /// The next message to be published.
+    Latest,
+    Offset(u64),
+    /// The first message appended at or after this time, in ms since the epoch.
+    Time(u64),
+}
+
+macro_rules! messages {
+    ($($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $type:ty,)* })*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+            #[rkyv(derive(Debug))]
+            pub struct $name { $($(#[$field_doc])* pub $field: $type,)* }
+        )*
+    };
+}
+
+messages! {
+    Hello {
+        version_min: u8,
+        version_max: u8,
+        /// Name and version of the client, for the operator's eyes. At most 256 bytes.
+        client: String,
+        token: Option<String>,
+    }
+    Welcome {
+        /// The highest version that both speak.
+        version: u8,
+        node: u64,
+        shard: u16,
+        shard_count: u16,
+        /// The largest payload accepted in one frame, in bytes.
+        payload_bytes_max: u32,
+        /// Requests that one connection may have waiting; more are not read until answers went out.
+        in_flight_max: u32,
+        /// Bits of optional abilities; none are defined yet.
+        features: u64,
+    }
+    Error {
+        /// See [`crate::ErrorCode`].
+        code: u16,
+        /// Pause before trying again, in ms; 0 where trying again is no use or needs no pause.
+        retry_after_ms: u32,
+        /// Short, for people; holds neither paths nor addresses.
+        text: String,
+    }
+    Ping {}
+    Pong {}
+    Done {}
+    CreateTopic {
+        name: String,
+        policy: TopicPolicy,
+        /// Answer with the topic as it is when it exists already.
+        exists_ok: bool,
+    }
+    DeleteTopic { name: String, }
+    ListTopics {
+        /// Only names that start so; empty: all.
+        prefix: String,
+        /// Only names after this one; empty: from the start.
+        after: String,
+        /// At most this many, 1..=1000.
+        limit: u32,
+    }
+    Topics {
+        names: Vec<String>,
+        /// There are more after the last.
+        more: bool,
+    }
+    Lookup { name: String, }
+    Topic {
+        topic: u64,
+        /// In its full form.
+        name: String,
+        policy: TopicPolicy,
+        partitions: Vec<PartitionPlace>,
+    }
+    DescribePartition { partition: u64, }
+    PartitionState {
+        partition: u64,
+        start_offset: u64,
+        end_offset: u64,
+        ledgers: u32,
+        /// Bytes of all kept entries.
+        stored_bytes: u64,
+        subscriptions: Vec<SubscriptionState>,
+    }
+    OpenProducer {
+        partition: u64,
+        /// Not 0.
+        producer: u64,
+    }
+    ProducerOpened {
+        /// To be put into every batch; batches of lower epochs are refused from now on.
+        epoch: u32,
+        /// The base sequence that the next batch must have.
+        next_sequence: u64,
+    }
+    Publish { partition: u64, }
+    Published {
+        /// Offset of the batch's first message; `u64::MAX` for a duplicate so old that its offset is not remembered.
+        base_offset: u64,
+        /// The batch had been appended before.
+        duplicate: bool,
+    }
+    Fetch {
+        partition: u64,
+        offset: u64,
+        /// Answer with at most this many bytes, but with at least one batch.
+        bytes_max: u32,
+        /// Wait this long for the first message when there is none.
+        wait_ms: u32,
+    }
+    Fetched {
+        /// The offset to fetch from next.
+        next_offset: u64,
+        start_offset: u64,
+        /// One past the last message that readers may see.
+        end_offset: u64,
+    }
+    Locate { partition: u64, place: Place, }
+    Located { offset: u64, start_offset: u64, end_offset: u64, }
+    Subscribe {
+        partition: u64,
+        /// Chosen by the client, unique on its connection.
+        consumer: u32,
+        /// Name of the durable subscription: 1..=128 bytes. Its mode is exclusive.
+        subscription: String,
+        /// Where a subscription that does not exist yet starts.
+        start: Place,
+        /// Instead of refusing, take over from the consumer that is there.
+        take_over: bool,
+    }
+    Subscribed {
+        /// Deliveries start here.
+        offset: u64,
+        start_offset: u64,
+        end_offset: u64,
+    }
+    Flow {
+        consumer: u32,
+        /// Added to the bytes that the node may deliver before it hears again. A batch is sent when any credit is left.
+        bytes: u32,
+    }
+    Deliver {
+        consumer: u32,
+        next_offset: u64,
+        end_offset: u64,
+    }
+    Ack {
+        consumer: u32,
+        /// All messages below this offset are done.
+        offset: u64,
+    }
+    Seek { consumer: u32, place: Place, }
+    CloseConsumer { consumer: u32, }
+    DeleteSubscription { partition: u64, subscription: String, }
+}
+
+/// A durable cursor as `DescribePartition` tells it.
+#[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[rkyv(derive(Debug))]
+pub struct SubscriptionState {
+    pub name: String,
+    pub offset: u64,
+    pub connected: bool,
+}

@@ -1,0 +1,66 @@
+//! Topic names: `/tenant/namespace…/name`.
+
+use std::fmt;
+
+pub const NAME_BYTES_MAX: usize = 255;
+pub const SEGMENT_BYTES_MAX: usize = 64;
+const DEFAULT_PARENT: &str = "/public/default/";
+
+/// A full topic name in its canonical form: a tenant, at least one namespace, a name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TopicName(String);
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TopicNameError {
+    #[error("a topic name is not empty")]
+    Empty,
+    #[error("the topic name has {0} bytes; at most {NAME_BYTES_MAX} are allowed")]
+    TooLong(usize),
+    #[error("a full topic name has a tenant, a namespace and a name: /tenant/namespace/name; `{0}` does not")]
+    TooFewParts(String),
+    #[error("part `{part}` of the topic name is empty, over {SEGMENT_BYTES_MAX} bytes, or has other characters than a-z A-Z 0-9 . _ -")]
+    Part { part: String },
+}
+
+impl TopicName {
+    /// Reads a name as users write it: a bare `orders` means `/public/default/orders`.
+    pub fn parse(text: &str) -> Result<TopicName, TopicNameError> {
+        if text.is_empty() {
+            return Err(TopicNameError::Empty);
+        }
+        let full = if text.starts_with('/') { text.to_owned() } else { format!("{DEFAULT_PARENT}{text}") };
+        if full.len() > NAME_BYTES_MAX {
+            return Err(TopicNameError::TooLong(full.len()));
+        }
+        let parts: Vec<&str> = full[1..].split('/').collect();
+        for part in &parts {
+            let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
+            if part.is_empty() || part.len() > SEGMENT_BYTES_MAX || !part.bytes().all(allowed) || *part == "." || *part == ".." {
+                return Err(TopicNameError::Part { part: (*part).to_owned() });
+            }
+        }
+        if parts.len() < 3 {
+            return Err(TopicNameError::TooFewParts(full));
+        }
+        Ok(TopicName(full))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    pub fn tenant(&self) -> &str {
+        self.0[1..].split('/').next().unwrap_or_default()
+    }
+
+    /// The name as people write it: without `/public/default/` where that is its parent.
+    pub fn short(&self) -> &str {
+        self.0.strip_prefix(DEFAULT_PARENT).unwrap_or(&self.0)
+    }
+}
+
+impl fmt::Display for TopicName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
