@@ -1,1 +1,3 @@
-//! Placeholder.
+//! The metadata group. (Being written.)
+pub mod image;
+pub use image::{Image, Owner, Partition, Topic};

@@ -1,0 +1,2 @@
+//! The control core.
+pub mod request;

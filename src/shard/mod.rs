@@ -1,0 +1,3 @@
+//! The edge on a data core.
+pub mod command;
+pub mod stats;

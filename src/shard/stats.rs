@@ -1,0 +1,59 @@
+//! The figures that a shard keeps of itself. Counters only grow while the node runs; gauges say so.
+
+use std::time::Duration;
+
+/// A copy of all figures of one shard at one moment. The HTTP admin turns them into Prometheus metrics.
+#[derive(Clone, Debug, Default)]
+pub struct ShardStats {
+    pub shard: u16,
+    /// Gauge.
+    pub connections: u64,
+    pub connections_accepted: u64,
+    pub connections_refused: u64,
+    pub frames_received: u64,
+    pub frames_malformed: u64,
+    pub bytes_received: u64,
+    pub bytes_sent: u64,
+    pub batches_published: u64,
+    pub messages_published: u64,
+    pub publish_bytes: u64,
+    pub duplicates: u64,
+    pub publish_errors: u64,
+    pub batches_delivered: u64,
+    pub delivered_bytes: u64,
+    pub requests_forwarded: u64,
+    /// Gauge.
+    pub partitions: u64,
+    /// Gauge.
+    pub consumers: u64,
+    pub ticker_ticks: u64,
+    pub ticker_late: u64,
+    pub ticker_latest: Duration,
+    pub store: StoreFigures,
+    /// The shard takes no more publishes: a write or sync failed. Gauge.
+    pub read_only: bool,
+}
+
+/// The figures of the shard's store.
+#[derive(Clone, Debug, Default)]
+pub struct StoreFigures {
+    pub flushes: u64,
+    pub flushed_bytes: u64,
+    pub flush_micros_total: u64,
+    /// Gauge: staged and not yet durable.
+    pub staged_bytes: u64,
+    /// Gauge.
+    pub cache_bytes: u64,
+    pub cache_hits: u64,
+    pub cache_misses: u64,
+    pub disk_read_bytes: u64,
+    /// Gauge.
+    pub segments: u64,
+    /// Gauge.
+    pub segments_spare: u64,
+    pub segments_recycled: u64,
+    /// Gauge: bytes of live entries.
+    pub live_bytes: u64,
+    pub ledgers_deleted: u64,
+    pub index_batches: u64,
+}
