@@ -44,3 +44,8 @@ pub use task::{spawn, yield_if_needed, yield_now};
 pub fn io_error<T>(error: GlommioError<T>) -> std::io::Error {
     std::io::Error::from(error)
 }
+
+/// Permits shared by tasks of one executor, first come first served.
+pub mod sync {
+    pub use glommio::sync::{Semaphore, StaticPermit};
+}

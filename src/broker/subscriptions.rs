@@ -131,6 +131,13 @@ impl Subscriptions {
         }
     }
 
+    /// A collected cursor could not be saved; it is to be collected again.
+    pub fn not_saved(&mut self, name: &str) {
+        if let Some(subscription) = self.by_name.get_mut(name) {
+            subscription.dirty = true;
+        }
+    }
+
     /// Takes the dirty mark of one cursor; its value is to be saved.
     pub fn collect_one(&mut self, name: &str) -> Option<u64> {
         let subscription = self.by_name.get_mut(name)?;
