@@ -38,8 +38,7 @@ impl Oneshot for LocalOneshot {
     type ReceiverError = SenderGone;
 
     fn channel<T>() -> (Sender<T>, Receiver<T>) {
-        let state =
-            Rc::new(RefCell::new(State { value: None, sender_gone: false, receiver_gone: false, waker: None }));
+        let state = Rc::new(RefCell::new(State { value: None, sender_gone: false, receiver_gone: false, waker: None }));
         (Sender(state.clone()), Receiver(state))
     }
 }
