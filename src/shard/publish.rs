@@ -52,7 +52,7 @@ impl Token {
 
 impl Shard {
     /// Takes one batch for the hosted partition `index`.
-    pub fn publish(&self, index: u32, responder: Responder, correlation: u64, bytes: Slice) {
+    pub(super) fn publish(&self, index: u32, responder: Responder, correlation: u64, bytes: Slice) {
         let refuse = |responder: &Responder, code, retry_after_ms, text: &str| {
             self.counters.publish_errors.add(1);
             self.answer_error(responder, correlation, code, retry_after_ms, text);
@@ -120,7 +120,7 @@ impl Shard {
     }
 
     /// Opens a producer under a new epoch; answered when the epoch is durable, so that the old one stays fenced.
-    pub fn open_producer(&self, index: u32, responder: Responder, correlation: u64, producer: u64) {
+    pub(super) fn open_producer(&self, index: u32, responder: Responder, correlation: u64, producer: u64) {
         if producer == 0 {
             let text = "a producer id is not 0";
             return self.answer_error(&responder, correlation, ErrorCode::InvalidArgument, 0, text);
@@ -146,7 +146,7 @@ impl Shard {
 
 impl Shard {
     /// The partition of a repeated batch was deleted before the first copy became durable.
-    pub fn answer_deleted(&self, waiting: &WaitingDuplicate) {
+    pub(super) fn answer_deleted(&self, waiting: &WaitingDuplicate) {
         let text = "the partition was deleted";
         self.answer_error(&waiting.responder, waiting.correlation, ErrorCode::UnknownPartition, 0, text);
     }
