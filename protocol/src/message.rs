@@ -269,7 +269,7 @@ bodies! {
         features: u64,
     }
     Error {
-        /// See [`crate::ErrorCode`].
+        /// The number of an `ErrorCode`; unknown ones mean `Internal`.
         code: u16,
         /// Pause before trying again, in ms; 0 where trying again is no use or needs no pause.
         retry_after_ms: u32,
