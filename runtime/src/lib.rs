@@ -4,7 +4,7 @@
 //! - [`task`] spawns tasks whose panic is seen: glommio would let it unwind the whole executor.
 //! - [`local`] has the channels between tasks of one executor: no lock, no atomic.
 //! - [`foreign`] has the channels between an executor and ordinary threads.
-//! - [`net`], [`file`], [`time`] and [`mesh`] are glommio's own.
+//! - [`net`], [`mod@file`], [`time`] and [`mesh`] are glommio's own.
 
 pub mod executor;
 pub mod foreign;
