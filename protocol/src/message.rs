@@ -13,7 +13,7 @@ pub const TOPICS_MAX: u32 = 1000;
 /// Partitions of one topic.
 pub const PARTITIONS_MAX: u32 = 1024;
 /// Subscriptions of one partition.
-pub const SUBSCRIPTIONS_MAX: u32 = 1024;
+pub const SUBSCRIPTIONS_MAX: u32 = 1000;
 pub const SUBSCRIPTION_NAME_BYTES_MAX: usize = 128;
 /// A host name in a [`PartitionPlace`], as DNS allows.
 pub const HOST_BYTES_MAX: usize = 255;
