@@ -1,14 +1,16 @@
 //! Topic names: `/tenant/namespace…/name`.
 
 use std::fmt;
+use std::sync::Arc;
 
 pub const NAME_BYTES_MAX: usize = 255;
 pub const SEGMENT_BYTES_MAX: usize = 64;
 const DEFAULT_PARENT: &str = "/public/default/";
 
-/// A full topic name in its canonical form: a tenant, at least one namespace, a name.
+/// A full topic name in its canonical form: a tenant, at least one namespace, a name. Cheap to clone: metadata images
+/// hold each name several times.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct TopicName(String);
+pub struct TopicName(Arc<str>);
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TopicNameError {
@@ -49,7 +51,7 @@ impl TopicName {
         if parts.len() < 3 {
             return Err(TopicNameError::TooFewParts(full));
         }
-        Ok(TopicName(full))
+        Ok(TopicName(full.into()))
     }
 
     pub fn as_str(&self) -> &str {

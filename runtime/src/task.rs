@@ -14,6 +14,8 @@ use std::task::{Context, Poll};
 
 use crate::local::Waiters;
 
+use futures_lite::FutureExt as _;
+
 /// Exit code after a panic: EX_SOFTWARE of sysexits.h.
 pub const EXIT_PANIC: i32 = 70;
 
@@ -25,6 +27,16 @@ where
     F::Output: 'static,
 {
     TaskHandle(glommio::spawn_local(Guarded(future)).detach())
+}
+
+/// Spawns a task whose panic is handed to whoever awaits it, instead of ending the process. Only for libraries that
+/// make something of a panic of their own; dropping the handle drops the panic with it.
+pub fn spawn_caught<F>(future: F) -> TaskHandle<std::thread::Result<F::Output>>
+where
+    F: Future + 'static,
+    F::Output: 'static,
+{
+    TaskHandle(glommio::spawn_local(AssertUnwindSafe(future).catch_unwind()).detach())
 }
 
 /// Ends the process after a panic that must not be survived.
