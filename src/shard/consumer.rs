@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use drava_protocol::ErrorCode;
 use drava_protocol::message::{Deliver, Done, Fetched, Located, Place, Subscribe, Subscribed};
-use drava_runtime::local::Notify;
+use drava_runtime::local::{Broadcast, Notify};
 use drava_runtime::time::Timer;
 use drava_storage::{AppendError, Cached, PartitionSlot, ReadError, Run};
 
@@ -130,6 +130,10 @@ impl Shard {
         self.answer_with(responder, correlation, &fetched, runs);
     }
 
+    fn readers(&self, index: u32) -> Option<Rc<Broadcast>> {
+        self.hosted.borrow()[index as usize].as_ref().map(|hosted| hosted.readers.clone())
+    }
+
     fn answer_gone(&self, responder: &Responder, correlation: u64) {
         self.answer_error(responder, correlation, ErrorCode::UnknownPartition, 0, "the partition was deleted");
     }
@@ -142,14 +146,14 @@ impl Shard {
     /// Returns when the partition's end is past `offset`, after `wait`, or when the partition is gone.
     async fn wait_for_messages(&self, index: u32, slot: PartitionSlot, offset: u64, wait: Duration) {
         let mut timer = Timer::new(wait);
+        let Some(readers) = self.readers(index) else { return };
+        let mut changed = readers.wait();
         std::future::poll_fn(|cx| {
-            let hosted = self.hosted.borrow();
-            let Some(hosted) = hosted[index as usize].as_ref() else { return Poll::Ready(()) };
-            if offset < self.store.span(slot).end_offset || self.draining.get() {
+            let gone = self.hosted.borrow()[index as usize].is_none();
+            if gone || offset < self.store.span(slot).end_offset || self.draining.get() {
                 return Poll::Ready(());
             }
-            // Registered under the version seen now: a flush after this wakes.
-            drop(hosted.readers.poll_changed(hosted.readers.version(), cx));
+            changed.enter(cx);
             std::pin::Pin::new(&mut timer).poll(cx).map(drop)
         })
         .await
@@ -352,6 +356,8 @@ pub struct Fetch {
 /// Pushes to one consumer until it ends.
 async fn deliver(shard: Rc<Shard>, connection: Rc<Connection>, consumer: Rc<Consumer>, mut position: u64) {
     let mut runs: Vec<Run> = Vec::new();
+    let Some(readers) = shard.readers(consumer.partition) else { return };
+    let mut changed = readers.wait();
     loop {
         // Wait until the client has credit, the connection room, and the partition messages.
         let slot = std::future::poll_fn(|cx| {
@@ -371,7 +377,7 @@ async fn deliver(shard: Rc<Shard>, connection: Rc<Connection>, consumer: Rc<Cons
             {
                 return Poll::Ready(Some(hosted.slot));
             }
-            drop(hosted.readers.poll_changed(hosted.readers.version(), cx));
+            changed.enter(cx);
             if consumer.wake.poll_notified(cx).is_ready() {
                 cx.waker().wake_by_ref();
             }

@@ -1,7 +1,6 @@
 //! The life of a shard: open the store, serve by the first image, obey the control core, drain.
 
 use std::collections::BTreeMap;
-use std::future::Future;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
@@ -50,7 +49,6 @@ pub struct ShardConfig {
     pub advertised_host: String,
     pub limits: Limits,
     pub store: StoreConfig,
-    pub index: Index,
     pub mesh: MeshEnds,
     pub commands: Inbox<ShardCommand>,
     pub control: InboxSender<ControlRequest>,
@@ -70,10 +68,10 @@ pub struct Started {
 }
 
 /// Runs a shard until it is drained. On the shard's executor.
-pub async fn run(config: ShardConfig) {
+pub async fn run(config: ShardConfig, index: Index) {
     let started = config.started.clone();
     let id = config.id;
-    let (store, recovered) = match Store::open(GlommioIo::new(), config.store.clone(), config.index.clone()).await {
+    let (store, recovered) = match Store::open(GlommioIo::new(), config.store.clone(), index).await {
         Ok(opened) => opened,
         Err(error) => {
             drop(started.send(Err(format!("shard {id}: {}", with_sources(&error)))));
@@ -292,7 +290,7 @@ impl Shard {
         hosted.push(Some(Box::new(Hosted {
             partition,
             slot,
-            readers: Broadcast::default(),
+            readers: Rc::default(),
             waiting: Default::default(),
             touched: false,
             dirty_producers: true,
