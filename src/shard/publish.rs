@@ -65,6 +65,11 @@ impl Shard {
             Ok(header) => header,
             Err(error) => return refuse(&responder, error.code(), 0, &error.to_string()),
         };
+        // Unpacked, a batch is no larger than a frame may be: consumers allocate no more than that.
+        if self.limits.payload_bytes_max < header.records_bytes {
+            let error = batch::BatchError::TooLarge { said: header.records_bytes, limit: self.limits.payload_bytes_max };
+            return refuse(&responder, error.code(), 0, &error.to_string());
+        }
         let mut hosted = self.hosted.borrow_mut();
         let hosted = hosted[index as usize].as_mut().expect("the index of a hosted partition");
         let span = self.store.span(hosted.slot);
