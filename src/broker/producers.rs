@@ -19,7 +19,8 @@ const RUNS_MAX: usize = 16;
 /// What to do with a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Admission {
-    /// Append it. With a producer: remember its slot and tell [`Producers::durable`] later.
+    /// Append it. With a producer: tell [`Producers::appended`] when it is staged and [`Producers::durable`] when it is
+    /// on disk.
     Append { producer: Option<ProducerSlot> },
     /// It was appended before, at this offset if that is still remembered.
     Duplicate { base_offset: Option<u64> },
@@ -76,10 +77,8 @@ pub struct Producers {
 }
 
 impl Producers {
-    /// Decides about a batch, and counts it as admitted at `offset` when it is to be appended.
-    ///
-    /// After `Append` the batch must be staged: first everything that can fail, then this call.
-    pub fn admit(&mut self, header: &batch::Header, offset: u64) -> Result<Admission, AdmitError> {
+    /// Decides about a batch. Its sequence counts only once [`Producers::appended`] is told: staging may still fail.
+    pub fn admit(&mut self, header: &batch::Header) -> Result<Admission, AdmitError> {
         if header.producer == 0 {
             return Ok(Admission::Append { producer: None });
         }
@@ -88,9 +87,9 @@ impl Producers {
                 return Err(AdmitError::Gap { producer: header.producer, expected: 0, got: header.base_sequence });
             }
             let index = self.insert(header.producer, header.producer_epoch, 0);
-            return Ok(self.append(index, header, offset));
+            return Ok(self.slots[index as usize].append(index));
         };
-        let producer = &mut self.slots[index as usize];
+        let producer = &self.slots[index as usize];
         if header.producer_epoch < producer.epoch {
             let (producer, current) = (producer.id, producer.epoch);
             return Err(AdmitError::Fenced { producer, current, got: header.producer_epoch });
@@ -98,8 +97,7 @@ impl Producers {
         let end = header.base_sequence.saturating_add(u64::from(header.record_count));
         let expected = producer.next_sequence;
         if header.base_sequence == expected {
-            producer.epoch = header.producer_epoch;
-            return Ok(self.append(index, header, offset));
+            return Ok(producer.append(index));
         }
         if end <= expected {
             return Ok(Admission::Duplicate { base_offset: producer.offset_of(header.base_sequence) });
@@ -109,6 +107,16 @@ impl Producers {
             return Err(AdmitError::Overlap { producer: id, expected, first: header.base_sequence, last: end - 1 });
         }
         Err(AdmitError::Gap { producer: id, expected, got: header.base_sequence })
+    }
+
+    /// The admitted batch is staged at `offset`: the producer's next batch comes after it.
+    pub fn appended(&mut self, slot: ProducerSlot, header: &batch::Header, offset: u64) {
+        let producer = &mut self.slots[slot.index as usize];
+        assert_eq!(producer.generation, slot.generation, "the producer was forgotten between admission and append");
+        let records = u64::from(header.record_count);
+        producer.epoch = header.producer_epoch;
+        producer.remember(Run { sequence: header.base_sequence, offset, records });
+        producer.next_sequence = header.base_sequence + records;
     }
 
     /// Opens a producer under a new epoch; returns the epoch and the next sequence. The caller saves the row that
@@ -203,17 +211,6 @@ impl Producers {
         self.by_id.is_empty()
     }
 
-    fn append(&mut self, index: u32, header: &batch::Header, offset: u64) -> Admission {
-        let producer = &mut self.slots[index as usize];
-        producer.remember(Run {
-            sequence: header.base_sequence,
-            offset,
-            records: u64::from(header.record_count),
-        });
-        producer.next_sequence = header.base_sequence + u64::from(header.record_count);
-        Admission::Append { producer: Some(ProducerSlot { index, generation: producer.generation }) }
-    }
-
     fn insert(&mut self, id: u64, epoch: u32, next_sequence: u64) -> u32 {
         self.generation += 1;
         let producer = Producer {
@@ -256,6 +253,10 @@ pub struct RowError {
 }
 
 impl Producer {
+    fn append(&self, index: u32) -> Admission {
+        Admission::Append { producer: Some(ProducerSlot { index, generation: self.generation }) }
+    }
+
     fn remember(&mut self, run: Run) {
         if let Some(last) = self.runs.back_mut()
             && last.sequence + last.records == run.sequence
@@ -341,9 +342,13 @@ mod tests {
         }
     }
 
-    fn slot(admission: Admission) -> ProducerSlot {
-        match admission {
-            Admission::Append { producer: Some(slot) } => slot,
+    /// Admits and stages a batch that is expected to be new.
+    fn append(producers: &mut Producers, header: batch::Header, offset: u64) -> ProducerSlot {
+        match producers.admit(&header) {
+            Ok(Admission::Append { producer: Some(slot) }) => {
+                producers.appended(slot, &header, offset);
+                slot
+            }
             other => panic!("expected an append, got {other:?}"),
         }
     }
@@ -351,36 +356,44 @@ mod tests {
     #[test]
     fn a_repeated_batch_is_answered_with_its_first_offset() {
         let mut producers = Producers::default();
-        slot(producers.admit(&header(7, 0, 0, 10), 100).unwrap());
-        slot(producers.admit(&header(7, 0, 10, 5), 200).unwrap());
-        assert_eq!(producers.admit(&header(7, 0, 0, 10), 300), Ok(Admission::Duplicate { base_offset: Some(100) }));
-        assert_eq!(producers.admit(&header(7, 0, 10, 5), 300), Ok(Admission::Duplicate { base_offset: Some(200) }));
+        append(&mut producers, header(7, 0, 0, 10), 100);
+        append(&mut producers, header(7, 0, 10, 5), 200);
+        assert_eq!(producers.admit(&header(7, 0, 0, 10)), Ok(Admission::Duplicate { base_offset: Some(100) }));
+        assert_eq!(producers.admit(&header(7, 0, 10, 5)), Ok(Admission::Duplicate { base_offset: Some(200) }));
     }
 
     #[test]
     fn gaps_and_overlaps_are_refused_and_change_nothing() {
         let mut producers = Producers::default();
-        assert_eq!(producers.admit(&header(7, 0, 3, 1), 0), Err(AdmitError::Gap { producer: 7, expected: 0, got: 3 }));
-        slot(producers.admit(&header(7, 0, 0, 10), 0).unwrap());
-        assert!(matches!(producers.admit(&header(7, 0, 11, 1), 10), Err(AdmitError::Gap { expected: 10, got: 11, .. })));
-        assert!(matches!(producers.admit(&header(7, 0, 5, 10), 10), Err(AdmitError::Overlap { expected: 10, .. })));
-        slot(producers.admit(&header(7, 0, 10, 1), 10).unwrap());
+        assert_eq!(producers.admit(&header(7, 0, 3, 1)), Err(AdmitError::Gap { producer: 7, expected: 0, got: 3 }));
+        append(&mut producers, header(7, 0, 0, 10), 0);
+        assert!(matches!(producers.admit(&header(7, 0, 11, 1)), Err(AdmitError::Gap { expected: 10, got: 11, .. })));
+        assert!(matches!(producers.admit(&header(7, 0, 5, 10)), Err(AdmitError::Overlap { expected: 10, .. })));
+        append(&mut producers, header(7, 0, 10, 1), 10);
+    }
+
+    #[test]
+    fn a_batch_that_could_not_be_staged_is_admitted_again() {
+        let mut producers = Producers::default();
+        let first = header(7, 0, 0, 10);
+        assert!(matches!(producers.admit(&first), Ok(Admission::Append { .. })));
+        assert!(matches!(producers.admit(&first), Ok(Admission::Append { .. })));
     }
 
     #[test]
     fn a_new_epoch_fences_the_old() {
         let mut producers = Producers::default();
-        slot(producers.admit(&header(7, 0, 0, 1), 0).unwrap());
+        append(&mut producers, header(7, 0, 0, 1), 0);
         assert_eq!(producers.open(7), (1, 1));
-        assert!(matches!(producers.admit(&header(7, 0, 1, 1), 1), Err(AdmitError::Fenced { current: 1, got: 0, .. })));
-        slot(producers.admit(&header(7, 1, 1, 1), 1).unwrap());
+        assert!(matches!(producers.admit(&header(7, 0, 1, 1)), Err(AdmitError::Fenced { current: 1, got: 0, .. })));
+        append(&mut producers, header(7, 1, 1, 1), 1);
     }
 
     #[test]
     fn only_durable_sequences_are_saved() {
         let mut producers = Producers::default();
-        let first = slot(producers.admit(&header(7, 0, 0, 10), 0).unwrap());
-        slot(producers.admit(&header(7, 0, 10, 10), 10).unwrap());
+        let first = append(&mut producers, header(7, 0, 0, 10), 0);
+        append(&mut producers, header(7, 0, 10, 10), 10);
         producers.durable(first, 10);
         let mut rows = Vec::new();
         producers.collect(|id, row| rows.push((id, row.unwrap())));
@@ -389,21 +402,21 @@ mod tests {
         // After a crash that lost the second batch its retry is appended, not answered as a duplicate.
         let mut restored = Producers::default();
         restored.restore(rows[0].0, &rows[0].1).unwrap();
-        assert_eq!(restored.admit(&header(7, 0, 0, 10), 10), Ok(Admission::Duplicate { base_offset: Some(0) }));
-        slot(restored.admit(&header(7, 0, 10, 10), 10).unwrap());
+        assert_eq!(restored.admit(&header(7, 0, 0, 10)), Ok(Admission::Duplicate { base_offset: Some(0) }));
+        append(&mut restored, header(7, 0, 10, 10), 10);
     }
 
     #[test]
     fn replay_continues_saved_rows_and_repeats_nothing() {
         let mut producers = Producers::default();
-        let first = slot(producers.admit(&header(7, 2, 0, 10), 0).unwrap());
+        let first = append(&mut producers, header(7, 2, 0, 10), 0);
         producers.durable(first, 10);
         let row = producers.encode(7).unwrap();
         let mut restored = Producers::default();
         restored.restore(7, &row).unwrap();
         restored.replay(7, 2, 0, 10, 0);
         restored.replay(7, 2, 10, 5, 50);
-        assert_eq!(restored.admit(&header(7, 2, 10, 5), 99), Ok(Admission::Duplicate { base_offset: Some(50) }));
+        assert_eq!(restored.admit(&header(7, 2, 10, 5)), Ok(Admission::Duplicate { base_offset: Some(50) }));
         assert_eq!(restored.open(7), (3, 15));
     }
 
@@ -411,7 +424,7 @@ mod tests {
     fn the_table_forgets_the_oldest_when_it_is_full() {
         let mut producers = Producers::default();
         for id in 1..=PRODUCERS_MAX as u64 + 1 {
-            slot(producers.admit(&header(id, 0, 0, 1), id).unwrap());
+            append(&mut producers, header(id, 0, 0, 1), id);
         }
         assert_eq!(producers.len(), PRODUCERS_MAX);
         let mut gone = Vec::new();

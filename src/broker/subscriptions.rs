@@ -6,9 +6,8 @@
 
 use std::collections::BTreeMap;
 
-/// Subscriptions of one partition.
-pub const SUBSCRIPTIONS_MAX: usize = 1000;
-pub const NAME_BYTES_MAX: usize = 128;
+use drava_protocol::message::{SUBSCRIPTION_NAME_BYTES_MAX as NAME_BYTES_MAX, SUBSCRIPTIONS_MAX};
+
 
 /// Who consumes: a connection of this shard, and the number that the client chose on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,6 +127,13 @@ impl Subscriptions {
             if std::mem::take(&mut subscription.dirty) {
                 save(name, subscription.cursor);
             }
+        }
+    }
+
+    /// A collected cursor could not be saved; it is to be collected again.
+    pub fn not_saved(&mut self, name: &str) {
+        if let Some(subscription) = self.by_name.get_mut(name) {
+            subscription.dirty = true;
         }
     }
 
