@@ -236,6 +236,7 @@ pub(crate) struct LoadedPartition {
 }
 
 enum Request {
+    Stop(ReplySender<()>),
     Load(ReplySender<Result<Loaded, IndexError>>),
     Apply(Box<IndexBatch>, ReplySender<Result<Applied, IndexError>>),
     Extents { partition: PartitionId, offset: u64, count_max: usize, reply: ReplySender<Result<Vec<ExtentRow>, IndexError>> },
@@ -254,8 +255,18 @@ impl IndexThread {
         let name = format!("ix-{}", index.family);
         let worker = move || {
             let mut family = Family { index, live: BTreeMap::new() };
+            let mut stopped = None;
             while let Ok(request) = receiver.recv() {
+                if let Request::Stop(reply) = request {
+                    stopped = Some(reply);
+                    break;
+                }
                 family.serve(request);
+            }
+            // Whoever waits for the end may want to open the database again.
+            drop(family);
+            if let Some(reply) = stopped {
+                reply.send(());
             }
         };
         std::thread::Builder::new()
@@ -302,6 +313,15 @@ impl IndexThread {
         self.ask(Request::Since { partition, start_offset, end_offset, time_ms, reply: sender }, reply).await
     }
 
+    /// Ends the thread after what was asked before; it lets go of the database.
+    pub(crate) async fn stop(&self) {
+        let (sender, reply) = reply();
+        if self.requests.send(Request::Stop(sender)).is_ok() {
+            // Without an answer it has ended already.
+            let _ended = reply.await;
+        }
+    }
+
     async fn ask<T>(&self, request: Request, reply: Reply<Result<T, IndexError>>) -> Result<T, IndexError> {
         let gone = || IndexError::Thread("it has ended".into());
         self.requests.send(request).map_err(|_| gone())?;
@@ -319,6 +339,7 @@ struct Family {
 impl Family {
     fn serve(&mut self, request: Request) {
         match request {
+            Request::Stop(reply) => reply.send(()),
             Request::Load(reply) => reply.send(self.load()),
             Request::Apply(batch, reply) => reply.send(self.apply(&batch)),
             Request::Extents { partition, offset, count_max, reply } => {

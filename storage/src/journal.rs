@@ -14,7 +14,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use drava_protocol::ShardId;
-use drava_runtime::local::Notify;
+use drava_runtime::local::{Broadcast, Notify};
 
 use crate::block::BlockId;
 use crate::io::{ALIGNMENT, File, Io};
@@ -101,6 +101,9 @@ pub(crate) struct Journal<I: Io, P> {
     woken: Rc<Notify>,
     wanted: Notify,
     stopped: Cell<bool>,
+    /// Writes that the disk has not answered.
+    writing: Cell<usize>,
+    answered: Broadcast,
 }
 
 struct State<I: Io, P> {
@@ -165,6 +168,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
             woken,
             wanted: Notify::default(),
             stopped: Cell::new(false),
+            writing: Cell::new(0),
+            answered: Broadcast::default(),
         }
     }
 
@@ -230,6 +235,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
             self.wanted.notify();
         }
         drop(state);
+        self.writing.set(self.writing.get() + 1);
         let journal = self.clone();
         self.io.spawn(async move {
             let result = file.write_at(buffer, placement.position).await.map_err(|error| FlushError::Write {
@@ -252,7 +258,16 @@ impl<I: Io, P: 'static> Journal<I, P> {
             entry.result = Some(result);
         }
         drop(state);
+        self.writing.set(self.writing.get() - 1);
+        self.answered.notify_all();
         self.woken.notify();
+    }
+
+    /// Waits until the disk has answered every write.
+    pub(crate) async fn quiesced(&self) {
+        while 0 < self.writing.get() {
+            self.answered.changed(self.answered.version()).await;
+        }
     }
 
     /// The next block in order that is durable. After a failure: the error once for every block that was in flight.

@@ -651,6 +651,18 @@ impl<I: Io, T: 'static> Store<I, T> {
         sealed
     }
 
+    /// Ends all background work and lets go of the index, without flushing anything: what is on disk is what a crash
+    /// would leave. After [`Store::seal`] there is nothing left to lose.
+    pub async fn close(&self) {
+        let inner = &self.0;
+        inner.stopped.set(true);
+        inner.journal.fail(FlushError::Stopped);
+        inner.journal.stop();
+        inner.index_woken.notify();
+        inner.journal.quiesced().await;
+        inner.index.stop().await;
+    }
+
     pub fn figures(&self) -> StoreFigures {
         let inner = &self.0;
         let mut figures = inner.figures.get();

@@ -34,6 +34,7 @@ fn staged_entries_become_durable_then_readable() {
         assert_eq!(f.read_all(slot, 2).await.0, [(0, 1), (3, 2)], "a read inside a batch gets the whole batch");
         assert_eq!(f.read_all(slot, 3).await.0, [(3, 2)]);
         f.store.seal().await.unwrap();
+        f.store.close().await;
     });
 }
 
@@ -58,6 +59,7 @@ fn interleaved_ledgers_lie_side_by_side() {
             let expected: Vec<_> = (0..10).map(|round| (round * 2, round * 3 + index as u64)).collect();
             assert_eq!(f.read_all(*slot, 0).await.0, expected);
         }
+        f.store.close().await;
     });
 }
 
@@ -77,6 +79,7 @@ fn a_read_takes_whole_batches_up_to_its_limit_and_at_least_one() {
         assert_eq!(f.store.read_cached(slot, 4, 2500, &mut runs), Cached::Hit { next_offset: 6 });
         runs.clear();
         assert_eq!(f.store.read_cached(slot, 0, 1 << 20, &mut runs), Cached::Hit { next_offset: 10 });
+        f.store.close().await;
     });
 }
 
@@ -93,7 +96,8 @@ fn every_acked_entry_survives_a_stop_without_seal() {
             }
         }
         f.flushed(400).await;
-        f.sink.borrow().flushed.len()
+        f.store.close().await;
+        f.sink.take().flushed.len()
     });
     assert!(400 <= acked);
     run(async {
@@ -116,6 +120,7 @@ fn every_acked_entry_survives_a_stop_without_seal() {
         assert_eq!(f.append(slots[0], 1000, 1, 10), before);
         f.flushed(1).await;
         assert_eq!(f.read_all(slots[0], before).await.0, [(before, 1000)]);
+        f.store.close().await;
     });
 }
 
@@ -132,6 +137,7 @@ fn replay_gives_the_batches_behind_the_covered_position() {
         f.flushed(2).await;
         f.store.seal().await.unwrap();
         assert!(f.store.append_state(slot, b"late", Some(b"1"), None).is_err());
+        f.store.close().await;
     });
     run(async {
         let f = open(dir.path(), small(dir.path())).await;
@@ -145,6 +151,7 @@ fn replay_gives_the_batches_behind_the_covered_position() {
         f.store.append_state(slot, b"cursor/b", Some(b"x"), None).unwrap();
         f.store.append_state(slot, b"cursor/b", None, Some(78)).unwrap();
         f.flushed(2).await;
+        f.store.close().await;
     });
     run(async {
         let f = open(dir.path(), small(dir.path())).await;
@@ -155,6 +162,7 @@ fn replay_gives_the_batches_behind_the_covered_position() {
         let replayed: Vec<_> = p.replayed.iter().map(|b| (b.base_offset, b.record_count, b.base_sequence)).collect();
         assert_eq!(replayed, [(2, 3, 7)]);
         assert_eq!(f.read_all(slots(&f, 1)[0], 0).await.0, [(0, 5), (2, 7)]);
+        f.store.close().await;
     });
 }
 
@@ -184,5 +192,6 @@ fn what_left_the_cache_is_read_from_disk() {
         }
         assert!(0 < f.store.figures().disk_read_bytes);
         assert!(2 <= f.store.figures().segments);
+        f.store.close().await;
     });
 }
