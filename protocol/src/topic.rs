@@ -20,7 +20,9 @@ pub enum TopicNameError {
     TooLong(usize),
     #[error("a full topic name has a tenant, a namespace and a name: /tenant/namespace/name; `{0}` does not")]
     TooFewParts(String),
-    #[error("part `{part}` of the topic name is empty, over {SEGMENT_BYTES_MAX} bytes, or has other characters than a-z A-Z 0-9 . _ -")]
+    #[error(
+        "part {part:?} of the topic name is empty, over {SEGMENT_BYTES_MAX} bytes, or has other characters than a-z A-Z 0-9 . _ -"
+    )]
     Part { part: String },
 }
 
@@ -37,7 +39,12 @@ impl TopicName {
         let parts: Vec<&str> = full[1..].split('/').collect();
         for part in &parts {
             let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
-            if part.is_empty() || part.len() > SEGMENT_BYTES_MAX || !part.bytes().all(allowed) || *part == "." || *part == ".." {
+            if part.is_empty()
+                || part.len() > SEGMENT_BYTES_MAX
+                || !part.bytes().all(allowed)
+                || *part == "."
+                || *part == ".."
+            {
                 return Err(TopicNameError::Part { part: (*part).to_owned() });
             }
         }
