@@ -35,13 +35,8 @@ pub struct LogStore(Rc<Log>);
 pub enum ReplayError {
     #[error("read the metadata log: {0}")]
     Read(#[from] io::Error),
-    #[error("record {number} of the metadata log, at {position:?}")]
-    Record {
-        number: usize,
-        position: Position,
-        #[source]
-        source: RecordError,
-    },
+    #[error("record {number} of the metadata log, at {position:?}: {reason}")]
+    Record { number: usize, position: Position, reason: RecordError },
     #[error("record {number} of the metadata log is entry {found}, where {expected} was expected")]
     Gap { number: usize, expected: u64, found: u64 },
     #[error("the metadata log begins with entry {found}, and was purged up to {purged}: entries between are missing")]
@@ -116,7 +111,7 @@ impl LogStore {
         let mut mirror = Mirror::default();
         let writer = Rc::new(Writer::default());
         for (number, (position, bytes)) in disk.replay().await?.into_iter().enumerate() {
-            let record = Record::decode(&bytes).map_err(|source| ReplayError::Record { number, position, source })?;
+            let record = Record::decode(&bytes).map_err(|reason| ReplayError::Record { number, position, reason })?;
             if let Record::Entry(entry) = &record {
                 writer.lies_at(entry.index(), position);
             }
