@@ -6,9 +6,8 @@
 
 use std::collections::BTreeMap;
 
-/// Subscriptions of one partition.
-pub const SUBSCRIPTIONS_MAX: usize = 1000;
-pub const NAME_BYTES_MAX: usize = 128;
+use drava_protocol::message::{SUBSCRIPTION_NAME_BYTES_MAX as NAME_BYTES_MAX, SUBSCRIPTIONS_MAX};
+
 
 /// Who consumes: a connection of this shard, and the number that the client chose on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
