@@ -1,7 +1,7 @@
 //! The raft log: in memory to be read, on disk to be kept.
 //!
 //! 1. openraft appends entries; they join the log in memory, readable at once, and their records join a queue.
-//! 2. One flusher task takes all that is queued, appends it to the disk in one durable write, and only then calls back.
+//! 2. One flusher task takes what is queued, appends it to the disk in one durable write, and only then calls back.
 //!    What comes meanwhile is the next write.
 //! 3. Votes and truncations wait for their write; commits and purges do not: losing one only repeats work.
 //! 4. A purge writes a checkpoint: what the forgotten records said besides entries. When that is durable, the disk may
@@ -25,6 +25,9 @@ use openraft::storage::RaftLogStorage;
 use crate::disk::{MetaDisk, Position};
 use crate::record::{Record, RecordError};
 use crate::types::{Entry, IoFlushed, LogId, LogState, TypeConfig, Vote};
+
+/// A write takes no more records once it has this many bytes. The disk below has blocks of some size.
+const WRITE_BYTES_MAX: usize = 256 * 1024;
 
 /// Clones are the same log.
 #[derive(Clone)]
@@ -261,7 +264,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 /// What waits to be written, and where the entries lie that are.
 #[derive(Default)]
 struct Writer {
-    queue: RefCell<Vec<Queued>>,
+    queue: RefCell<VecDeque<Queued>>,
     wake: Notify,
     closed: Cell<bool>,
     failed: RefCell<Option<String>>,
@@ -292,9 +295,22 @@ impl Writer {
         if self.closed.get() {
             return Err(io::Error::other("the metadata log is closed"));
         }
-        self.queue.borrow_mut().push(queued);
+        self.queue.borrow_mut().push_back(queued);
         self.wake.notify();
         Ok(())
+    }
+
+    /// What the next write is to hold.
+    fn take(&self) -> Vec<Queued> {
+        let mut queue = self.queue.borrow_mut();
+        let mut bytes = 0;
+        let count = queue.iter().take_while(|queued| {
+            let fits = bytes < WRITE_BYTES_MAX;
+            bytes += queued.bytes.len();
+            fits
+        });
+        let count = count.count();
+        queue.drain(..count).collect()
     }
 
     fn close(&self) {
@@ -326,7 +342,7 @@ impl Writer {
 
 async fn flush(writer: Rc<Writer>, disk: Rc<dyn MetaDisk>) {
     loop {
-        let mut queued = writer.queue.take();
+        let mut queued = writer.take();
         if queued.is_empty() {
             if writer.closed.get() {
                 return;

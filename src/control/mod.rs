@@ -3,11 +3,11 @@
 //! - [`driver`] runs it: it changes metadata and keeps the shards at the newest image.
 //! - [`handle`] is the door for the tasks of its executor, [`request`] the one for shards and the boot.
 //! - [`shards`] is how it talks to the shards.
-//! - [`meta`] is where the metadata lies.
+//! - [`meta_disk`] is where the metadata lies.
 
 pub mod driver;
 pub mod handle;
-pub mod meta;
+pub mod meta_disk;
 pub mod request;
 mod shards;
 #[cfg(test)]

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use futures_util::FutureExt;
 use futures_util::future::{LocalBoxFuture, ready};
 
-use super::{MetaDisk, Position};
+use super::{MetaDisk, Position, Records};
 
 const RECORD_HEADER_BYTES: usize = 8;
 
@@ -29,7 +29,7 @@ struct Segments {
     numbers: Vec<u64>,
     file: File,
     written: u64,
-    replay: Vec<(Position, Vec<u8>)>,
+    replay: Records,
 }
 
 impl FileDisk {
@@ -109,7 +109,7 @@ impl FileDisk {
 }
 
 impl MetaDisk for FileDisk {
-    fn replay(&self) -> LocalBoxFuture<'_, io::Result<Vec<(Position, Vec<u8>)>>> {
+    fn replay(&self) -> LocalBoxFuture<'_, io::Result<Records>> {
         ready(Ok(std::mem::take(&mut self.state.borrow_mut().replay))).boxed_local()
     }
 
@@ -148,7 +148,7 @@ fn new_segment(dir: &Path, number: u64) -> io::Result<File> {
     Ok(file)
 }
 
-fn read_segment(path: &Path, number: u64, last: bool, records: &mut Vec<(Position, Vec<u8>)>) -> io::Result<()> {
+fn read_segment(path: &Path, number: u64, last: bool, records: &mut Records) -> io::Result<()> {
     let bytes = fs::read(path)?;
     let mut at = 0;
     while at < bytes.len() {
