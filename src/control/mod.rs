@@ -1,3 +1,4 @@
 //! The control core.
 pub mod handle;
+pub mod http;
 pub mod request;
