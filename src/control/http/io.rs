@@ -28,11 +28,7 @@ impl<S> Io<S> {
 }
 
 impl<S: AsyncRead + Unpin> hyper::rt::Read for Io<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        mut out: ReadBufCursor<'_>,
-    ) -> Poll<io::Result<()>> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, mut out: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
         let Io { stream, buffer } = &mut *self;
         let want = out.remaining().min(READ_BYTES);
         let read_bytes = ready!(Pin::new(stream).poll_read(cx, &mut buffer[..want]))?;

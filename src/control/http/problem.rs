@@ -91,10 +91,9 @@ pub fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::OffsetOutOfRange => StatusCode::BAD_REQUEST,
         ErrorCode::FrameTooLarge | ErrorCode::BatchTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
         ErrorCode::SlowClient => StatusCode::REQUEST_TIMEOUT,
-        ErrorCode::TooManyConnections
-        | ErrorCode::ShuttingDown
-        | ErrorCode::MetadataUnavailable
-        | ErrorCode::Busy => StatusCode::SERVICE_UNAVAILABLE,
+        ErrorCode::TooManyConnections | ErrorCode::ShuttingDown | ErrorCode::MetadataUnavailable | ErrorCode::Busy => {
+            StatusCode::SERVICE_UNAVAILABLE
+        }
         ErrorCode::Unauthenticated => StatusCode::UNAUTHORIZED,
         ErrorCode::PermissionDenied => StatusCode::FORBIDDEN,
         ErrorCode::UnknownTopic | ErrorCode::UnknownPartition | ErrorCode::UnknownSubscription => StatusCode::NOT_FOUND,

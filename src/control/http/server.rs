@@ -42,6 +42,8 @@ const REFUSING_MAX: usize = 64;
 const REFUSED_LINGER: Duration = Duration::from_millis(100);
 /// Pause after a failed accept: the process has too many open files, and asking at once would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Long enough for the executor to submit what it has for the kernel.
+const CANCEL_PAUSE: Duration = Duration::from_millis(1);
 
 /// How the HTTP admin listens and what it allows.
 #[derive(Clone, Debug)]
@@ -131,8 +133,7 @@ impl HttpServer {
     /// Serves until `stop`, then finishes the requests under way, at most for `drain_timeout`.
     pub async fn serve(self, admin: Rc<dyn Admin>, stop: Stop) {
         let counters = Rc::new(HttpCounters::default());
-        let app =
-            App { admin, config: self.config.clone(), counters: counters.clone(), started_at: Instant::now() };
+        let app = App { admin, config: self.config.clone(), counters: counters.clone(), started_at: Instant::now() };
         let router = router(Shared::new(app));
         let connections = Rc::new(Connections { counters, ..Connections::default() });
         while let Some(accepted) = accept(&self.listener, &stop).await {
@@ -145,6 +146,8 @@ impl HttpServer {
             }
         }
         drop(self.listener);
+        // The accept that was pending holds the socket until the executor has told the kernel to cancel it.
+        drava_runtime::time::sleep(CANCEL_PAUSE).await;
         connections.drain(self.config.drain_timeout).await;
     }
 }

@@ -47,7 +47,6 @@ pub enum Durability {
 pub struct Policy {
     #[schema(default = 1, minimum = 1, maximum = 1024)]
     partitions: u32,
-    #[schema(inline, default = "disk")]
     durability: Durability,
     /// Closed ledgers whose newest message is older are deleted. 0: kept for ever.
     #[schema(default = 0)]
@@ -93,7 +92,8 @@ impl From<&message::TopicPolicy> for Policy {
 
 impl From<Policy> for message::TopicPolicy {
     fn from(policy: Policy) -> Self {
-        let Policy { partitions, durability, retention_ms, retention_bytes, cache_bytes, replicas, ack_quorum } = policy;
+        let Policy { partitions, durability, retention_ms, retention_bytes, cache_bytes, replicas, ack_quorum } =
+            policy;
         let durability = match durability {
             Durability::Disk => message::Durability::Disk,
             Durability::Memory => message::Durability::Memory,
@@ -455,9 +455,7 @@ async fn describe_partition(admin: &Rc<dyn Admin>, index: u32, partition: Partit
 }
 
 /// Runs a change to its end even when the client goes away meanwhile and its request is dropped.
-async fn to_its_end<T: 'static>(
-    change: impl Future<Output = Result<T, Problem>> + 'static,
-) -> Result<T, Problem> {
+async fn to_its_end<T: 'static>(change: impl Future<Output = Result<T, Problem>> + 'static) -> Result<T, Problem> {
     let ended = drava_runtime::spawn(change).await;
     ended.unwrap_or_else(|| Err(Problem::new(ErrorCode::ShuttingDown, "the node is shutting down")))
 }
