@@ -154,13 +154,11 @@ impl HttpServer {
 
 /// `None` once it is time to stop.
 async fn accept(listener: &TcpListener, stop: &Stop) -> Option<io::Result<TcpStream>> {
-    future::poll_fn(|cx| {
-        if stop.poll_stopped(cx) {
-            return Poll::Ready(None);
-        }
-        listener.poll_accept(cx).map(|accepted| Some(accepted.map_err(drava_runtime::io_error)))
-    })
-    .await
+    let stopped = async {
+        stop.stopped().await;
+        None
+    };
+    future::or(stopped, async { Some(listener.accept().await.map_err(drava_runtime::io_error)) }).await
 }
 
 /// The connections that are open.
