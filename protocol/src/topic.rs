@@ -1,14 +1,16 @@
 //! Topic names: `/tenant/namespace…/name`.
 
 use std::fmt;
+use std::sync::Arc;
 
 pub const NAME_BYTES_MAX: usize = 255;
 pub const SEGMENT_BYTES_MAX: usize = 64;
 const DEFAULT_PARENT: &str = "/public/default/";
 
-/// A full topic name in its canonical form: a tenant, at least one namespace, a name.
+/// A full topic name in its canonical form: a tenant, at least one namespace, a name. Cheap to clone: metadata images
+/// hold each name several times.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct TopicName(String);
+pub struct TopicName(Arc<str>);
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TopicNameError {
@@ -18,7 +20,9 @@ pub enum TopicNameError {
     TooLong(usize),
     #[error("a full topic name has a tenant, a namespace and a name: /tenant/namespace/name; `{0}` does not")]
     TooFewParts(String),
-    #[error("part `{part}` of the topic name is empty, over {SEGMENT_BYTES_MAX} bytes, or has other characters than a-z A-Z 0-9 . _ -")]
+    #[error(
+        "part {part:?} of the topic name is empty, over {SEGMENT_BYTES_MAX} bytes, or has other characters than a-z A-Z 0-9 . _ -"
+    )]
     Part { part: String },
 }
 
@@ -35,14 +39,19 @@ impl TopicName {
         let parts: Vec<&str> = full[1..].split('/').collect();
         for part in &parts {
             let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
-            if part.is_empty() || part.len() > SEGMENT_BYTES_MAX || !part.bytes().all(allowed) || *part == "." || *part == ".." {
+            if part.is_empty()
+                || part.len() > SEGMENT_BYTES_MAX
+                || !part.bytes().all(allowed)
+                || *part == "."
+                || *part == ".."
+            {
                 return Err(TopicNameError::Part { part: (*part).to_owned() });
             }
         }
         if parts.len() < 3 {
             return Err(TopicNameError::TooFewParts(full));
         }
-        Ok(TopicName(full))
+        Ok(TopicName(full.into()))
     }
 
     pub fn as_str(&self) -> &str {
