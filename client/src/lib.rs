@@ -1,1 +1,4 @@
-//! Placeholder.
+//! The Rust client of Drava.
+#![forbid(unsafe_code)]
+
+pub mod session;
