@@ -2,3 +2,6 @@
 #![forbid(unsafe_code)]
 
 pub mod session;
+
+#[cfg(feature = "glommio")]
+pub mod glommio_driver;
