@@ -2,4 +2,10 @@
 pub mod cpu;
 pub mod latency;
 pub mod limits;
+pub mod load;
+pub mod machine;
 pub mod measure;
+pub mod payload;
+pub mod progress;
+pub mod schedule;
+pub mod verify;

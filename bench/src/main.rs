@@ -1,7 +1,7 @@
-use drava_bench::limits::{self, LimitsConfig};
-fn main() {
-    let quick = std::env::args().any(|a| a == "--quick");
-    let dir = std::env::current_dir().unwrap();
-    let r = limits::run(&LimitsConfig::new(dir, quick), |s| eprintln!("{s}")).unwrap();
-    println!("{}", serde_json::to_string_pretty(&r).unwrap());
+//! `drava-bench`: load on a node, limits of the machine, reports.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    drava_bench::cli::main()
 }
