@@ -1,4 +1,6 @@
 //! Load for a node, limits of the machine, and reports that put one beside the other.
+pub mod cli;
+pub mod compare;
 pub mod cpu;
 pub mod latency;
 pub mod limits;
@@ -7,5 +9,8 @@ pub mod machine;
 pub mod measure;
 pub mod payload;
 pub mod progress;
+pub mod report;
 pub mod schedule;
+pub mod suite;
+pub mod table;
 pub mod verify;

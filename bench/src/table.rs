@@ -20,7 +20,7 @@ pub fn kind_name(kind: Kind) -> &'static str {
 
 pub fn new(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_preset(UTF8_FULL_CONDENSED);
+    table.load_style(UTF8_FULL_CONDENSED);
     table.set_header(header.iter().map(|name| Cell::new(name).add_attribute(Attribute::Bold)));
     table
 }
@@ -42,12 +42,36 @@ pub fn limits(limits: &Limits) -> String {
         (shape, format!("{mib_per_s:.0}"), format!("{cpu:.2}"))
     };
     let (shape, rate, cpu) = transfer(&limits.loopback, limits.loopback.receiver_cpu_s_per_gib);
-    table.add_row([format!("loopback, received ({shape})"), rate, String::new(), String::new(), String::new(), String::new(), cpu]);
+    table.add_row([
+        format!("loopback, received ({shape})"),
+        rate,
+        String::new(),
+        String::new(),
+        String::new(),
+        String::new(),
+        cpu,
+    ]);
     let (shape, rate, cpu) = transfer(&limits.sender, limits.sender.sender_cpu_s_per_gib);
-    table.add_row([format!("sent from memory ({shape})"), rate, String::new(), String::new(), String::new(), String::new(), cpu]);
+    table.add_row([
+        format!("sent from memory ({shape})"),
+        rate,
+        String::new(),
+        String::new(),
+        String::new(),
+        String::new(),
+        cpu,
+    ]);
     let quantiles = |latency: &Quantiles| [latency.p50_us, latency.p99_us, latency.p99_9_us].map(show_us);
     let [p50, p99, p99_9] = quantiles(&limits.round_trip);
-    table.add_row(["loopback round trip, 1 KiB".to_owned(), String::new(), String::new(), p50, p99, p99_9, String::new()]);
+    table.add_row([
+        "loopback round trip, 1 KiB".to_owned(),
+        String::new(),
+        String::new(),
+        p50,
+        p99,
+        p99_9,
+        String::new(),
+    ]);
     for write in &limits.writes {
         let [p50, p99, p99_9] = quantiles(&write.latency);
         let rate = write.depth_4_mib_per_s;

@@ -168,13 +168,9 @@ impl Consumer {
             let (session, out) = connection.session();
             session.subscribe(&subscribe, index as u32, out).map_err(DriverError::Request)?;
             match connection.answer().await? {
-                Answer::Subscribed { offset, end_offset, .. } => lanes.push(Lane {
-                    next: offset,
-                    end: end_offset,
-                    used_bytes: 0,
-                    seeking: false,
-                    changed: false,
-                }),
+                Answer::Subscribed { offset, end_offset, .. } => {
+                    lanes.push(Lane { next: offset, end: end_offset, used_bytes: 0, seeking: false, changed: false })
+                }
                 other => return Err(ConsumeError::Answer(Box::new(other))),
             }
         }

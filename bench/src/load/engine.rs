@@ -61,8 +61,10 @@ pub fn run(kind: Kind, options: &LoadOptions, progress: &Progress) -> Result<Out
 
     let publishes = kind != Kind::Consume;
     let consumes = kind != Kind::Produce;
-    let producers = if publishes { plan::routes(&homes, options.connections as usize, Sharing::Allowed) } else { vec![] };
-    let consumers = if consumes { plan::routes(&homes, options.consumers() as usize, Sharing::Excluded) } else { vec![] };
+    let producers =
+        if publishes { plan::routes(&homes, options.connections as usize, Sharing::Allowed) } else { vec![] };
+    let consumers =
+        if consumes { plan::routes(&homes, options.consumers() as usize, Sharing::Excluded) } else { vec![] };
     let shared = Arc::new(Shared::new(producers.len(), consumers.len(), options.messages));
     let workers = Workers::start(kind, options, &shared, producers, consumers)?;
 

@@ -204,7 +204,9 @@ mod tests {
 
     #[test]
     fn sizes_are_read_as_people_write_them() {
-        for (text, bytes) in [("0", 0), ("4096", 4096), ("64k", 65_536), ("64KiB", 65_536), ("1MB", 1 << 20), ("2g", 2 << 30)] {
+        for (text, bytes) in
+            [("0", 0), ("4096", 4096), ("64k", 65_536), ("64KiB", 65_536), ("1MB", 1 << 20), ("2g", 2 << 30)]
+        {
             assert_eq!(parse_bytes(text), Ok(bytes), "{text}");
         }
         for text in ["", "k", "-1", "1x", "99999999999g"] {

@@ -173,7 +173,6 @@ impl Shared {
         }
         !self.has_failed()
     }
-
 }
 
 // A panic elsewhere ends the process before anybody could see half-written figures.

@@ -164,9 +164,8 @@ impl<T> Connection<T> {
                 self.start += consumed;
                 self.needed = 1;
                 let payload = match &event {
-                    Event::Deliver { payload, .. } | Event::Answer { answer: Ok(Answer::Fetched { payload, .. }), .. } => {
-                        &input[payload.clone()]
-                    }
+                    Event::Deliver { payload, .. }
+                    | Event::Answer { answer: Ok(Answer::Fetched { payload, .. }), .. } => &input[payload.clone()],
                     Event::Welcome(_) | Event::Answer { .. } | Event::Refused(_) | Event::Ignored => &[],
                 };
                 Ok(Some(Incoming { event, payload }))
