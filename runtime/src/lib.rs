@@ -5,7 +5,7 @@
 //! - [`chunk`] has the receive buffers that are shared without a copy.
 //! - [`local`] has the channels between tasks of one executor: no lock, no atomic.
 //! - [`foreign`] has the channels between an executor and ordinary threads.
-//! - [`net`], [`file`], [`time`] and [`mesh`] are glommio's own.
+//! - [`net`], [`mod@file`], [`time`] and [`mesh`] are glommio's own.
 
 pub mod chunk;
 pub mod executor;
@@ -38,9 +38,14 @@ pub mod mesh {
 
 pub use executor::{Executor, ExecutorConfig, ExecutorHandle};
 pub use glommio::GlommioError;
-pub use task::{spawn, yield_if_needed, yield_now};
+pub use task::{spawn, spawn_caught, yield_if_needed, yield_now};
 
 /// glommio's error as the `io::Error` that it mostly is.
 pub fn io_error<T>(error: GlommioError<T>) -> std::io::Error {
     std::io::Error::from(error)
+}
+
+/// Permits shared by tasks of one executor, first come first served.
+pub mod sync {
+    pub use glommio::sync::{Semaphore, StaticPermit};
 }
