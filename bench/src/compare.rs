@@ -16,6 +16,8 @@ enum Better {
     Less,
 }
 
+type Pick = fn(&Quantiles) -> f64;
+
 /// Two runs, figure by figure.
 pub fn outcomes(before: &Outcome, after: &Outcome) -> String {
     let mut lines = Vec::new();
@@ -29,7 +31,7 @@ pub fn outcomes(before: &Outcome, after: &Outcome) -> String {
         if before.latency.count == 0 || after.latency.count == 0 {
             continue;
         }
-        let quantiles: [(&str, fn(&Quantiles) -> f64); 6] = [
+        let quantiles: [(&str, Pick); 6] = [
             ("p50", |latency| latency.p50_us),
             ("p90", |latency| latency.p90_us),
             ("p99", |latency| latency.p99_us),
