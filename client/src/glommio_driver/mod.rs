@@ -214,3 +214,120 @@ impl<T> Connection<T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use drava_protocol::frame::{self, Decoded};
+    use drava_protocol::message::{Fetch, Fetched, Kind, Ping, Pong, Welcome};
+    use drava_runtime::{Executor, ExecutorConfig};
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+
+    /// Answers until the client goes, in writes of at most `write_bytes`.
+    fn serve(write_bytes: usize, fetched: Vec<u8>) -> SocketAddr {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let (mut input, mut buffer) = (Vec::new(), [0; 4096]);
+            loop {
+                match stream.read(&mut buffer) {
+                    Ok(0) | Err(_) => return,
+                    Ok(bytes) => input.extend_from_slice(&buffer[..bytes]),
+                }
+                let (mut consumed, mut out) = (0, Vec::new());
+                while let Decoded::Frame(frame, bytes) = frame::decode(&input[consumed..], 0).unwrap() {
+                    let correlation = frame.header.correlation;
+                    match frame.header.kind {
+                        Kind::Hello => {
+                            let welcome = Welcome {
+                                version: 1,
+                                node: 1,
+                                shard: 0,
+                                shard_count: 1,
+                                payload_bytes_max: 1 << 20,
+                                in_flight_max: 16,
+                                features: 0,
+                            };
+                            frame::encode(&welcome, 0, correlation, 0, &mut out);
+                        }
+                        Kind::Ping => frame::encode(&Pong {}, 0, correlation, 0, &mut out),
+                        Kind::Fetch => {
+                            let body = Fetched { next_offset: 1, start_offset: 0, end_offset: 1 };
+                            frame::encode(&body, 0, correlation, fetched.len() as u32, &mut out);
+                            out.extend_from_slice(&fetched);
+                            out.extend_from_slice(frame::padding(fetched.len()));
+                        }
+                        other => panic!("{other:?} was not expected"),
+                    }
+                    consumed += bytes;
+                }
+                input.drain(..consumed);
+                for piece in out.chunks(write_bytes) {
+                    stream.write_all(piece).unwrap();
+                }
+            }
+        });
+        address
+    }
+
+    fn run<T>(future: impl Future<Output = T>) -> T {
+        Executor::run(ExecutorConfig::new("driver-test", None), future).unwrap()
+    }
+
+    #[test]
+    fn answers_that_come_in_pieces_are_put_together() {
+        let address = serve(7, vec![]);
+        run(async {
+            let mut connection: Connection<u32> =
+                Connection::connect(address, Limits::default(), "test").await.unwrap();
+            let (session, out) = connection.session();
+            for tag in 0..5 {
+                session.request(&Ping {}, tag, out).unwrap();
+            }
+            let mut tags = Vec::new();
+            while tags.len() < 5 {
+                connection.turn().await.unwrap();
+                while let Some(incoming) = connection.received().unwrap() {
+                    let Event::Answer { tag, answer: Ok(Answer::Pong), .. } = incoming.event else {
+                        panic!("{incoming:?}");
+                    };
+                    tags.push(tag);
+                }
+            }
+            assert_eq!(tags, [0, 1, 2, 3, 4]);
+        });
+    }
+
+    #[test]
+    fn a_payload_larger_than_the_buffer_comes_whole() {
+        let sent: Vec<u8> = (0..3 * RECEIVE_BYTES + 5).map(|i| (i % 251) as u8).collect();
+        let address = serve(1 << 16, sent.clone());
+        run(async {
+            let mut connection: Connection<u32> =
+                Connection::connect(address, Limits::default(), "test").await.unwrap();
+            for _ in 0..2 {
+                let (session, out) = connection.session();
+                let fetch = Fetch { partition: 1, offset: 0, bytes_max: 0, wait_ms: 0 };
+                session.request(&fetch, 9, out).unwrap();
+                loop {
+                    if let Some(incoming) = connection.received().unwrap() {
+                        assert!(incoming.payload == sent, "{} bytes came", incoming.payload.len());
+                        break;
+                    }
+                    connection.turn().await.unwrap();
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn a_node_that_goes_is_told_as_such() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::spawn(move || drop(listener.accept()));
+        let error = run(Connection::<u32>::connect(address, Limits::default(), "test")).unwrap_err();
+        assert!(matches!(error, DriverError::Closed | DriverError::Io(_)), "{error:?}");
+    }
+}
