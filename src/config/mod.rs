@@ -64,11 +64,14 @@ section! {
         payload_bytes_max: u32 = 4 << 20, Bytes, Range::Numbers(64 << 10..=64 << 20);
         /// Requests that one connection may have waiting. More are not read until answers went out.
         in_flight_max: u32 = 1_024, None, Range::Numbers(1..=65_536);
+        /// Memory of each shard for receiving, all its connections together.
+        receive_bytes_max: u64 = 64 << 20, Bytes, Range::Numbers(8 << 20..=64 << 30);
         /// A client that has not said Hello for this long is disconnected.
         hello_timeout_ms: u64 = 10_000, Milliseconds, Range::Numbers(100..=600_000);
-        /// A client that has begun a frame, or does not read its answers, for this long without progress is
-        /// disconnected.
+        /// A client that has begun a frame and not finished it for this long is disconnected.
         frame_timeout_ms: u64 = 30_000, Milliseconds, Range::Numbers(100..=3_600_000);
+        /// A client that takes nothing of what is sent to it for this long is disconnected.
+        write_timeout_ms: u64 = 30_000, Milliseconds, Range::Numbers(100..=3_600_000);
     }
 }
 
@@ -77,22 +80,28 @@ section! {
     StorageConfig, "storage" {
         /// Size of one segment file of the journal. A whole number of MiB.
         segment_bytes: u64 = 64 << 20, Bytes, Range::Numbers(4 << 20..=4 << 30);
-        /// Segments of each shard that are kept written and ready, so that publishing never waits for a file to grow.
-        segments_spare: u32 = 4, None, Range::Numbers(1..=64);
+        /// Segments of each shard that are kept written with zeros and ready: those sync several times faster than
+        /// files that grow.
+        segments_spare: u32 = 2, None, Range::Numbers(1..=64);
+        /// What a shard may have received and not yet written; beyond it clients are made to wait.
+        staged_bytes_max: u64 = 32 << 20, Bytes, Range::Numbers(1 << 20..=16 << 30);
         /// Memory of each shard for the newest entries, from which readers that keep up are served.
         cache_bytes: u64 = 128 << 20, Bytes, Range::Numbers(1 << 20..=1 << 40);
         /// A partition begins its next ledger when this one is as large. Retention deletes whole ledgers.
         ledger_bytes_max: u64 = 256 << 20, Bytes, Range::Numbers(64 << 10..=1 << 40);
         /// A partition begins its next ledger when this one is as old.
-        ledger_age_max_s: u64 = 4 * 3_600, Seconds, Range::Numbers(1..=365 * 86_400);
+        ledger_age_max_s: u64 = 3_600, Seconds, Range::Numbers(1..=365 * 86_400);
         /// What a reader behind the cache has read ahead for it.
-        read_ahead_bytes: u64 = 1 << 20, Bytes, Range::Numbers(64 << 10..=64 << 20);
-        /// The index of a shard is written to disk after this much of it. More makes the replay after a crash longer.
-        index_flush_bytes: u64 = 16 << 20, Bytes, Range::Numbers(1 << 20..=1 << 30);
+        read_ahead_bytes: u64 = 4 << 20, Bytes, Range::Numbers(64 << 10..=64 << 20);
+        /// The index is made durable each time the journal grew by this much. More makes the replay after a crash
+        /// longer, less costs writes.
+        index_flush_bytes: u64 = 128 << 20, Bytes, Range::Numbers(1 << 20..=64 << 30);
+        /// Cursors that moved are saved this often at the latest.
+        cursor_save_interval_ms: u64 = 200, Milliseconds, Range::Numbers(1..=60_000);
         /// With less than this free on the file system, publishing is refused until there is room; reading goes on.
-        disk_reserve_bytes: u64 = 256 << 20, Bytes, Range::Numbers(0..=1 << 40);
-        /// Check the checksum of each batch that is read back from disk. Off saves CPU, and passes damage on to readers,
-        /// who check it themselves.
+        disk_reserve_bytes: u64 = 1 << 30, Bytes, Range::Numbers(0..=1 << 40);
+        /// Compare the checksum of every batch that is read back from disk. Off saves CPU and passes damage on to
+        /// readers, who compare it themselves.
         verify_reads: bool = true, None, Range::Any;
     }
 }
@@ -143,6 +152,9 @@ impl NodeConfig {
         // A flush holds at least one batch, with headers and padding, and lies in one segment.
         if self.storage.segment_bytes / 2 < u64::from(self.network.payload_bytes_max) {
             broken.push("network.payload_bytes_max is more than half of storage.segment_bytes".to_owned());
+        }
+        if self.network.receive_bytes_max < u64::from(self.network.payload_bytes_max) {
+            broken.push("network.payload_bytes_max is more than network.receive_bytes_max".to_owned());
         }
         if self.listen.port() != 0 {
             let base = u32::from(self.shard_port_base());
@@ -211,6 +223,20 @@ impl NetworkConfig {
 
     pub fn frame_timeout(&self) -> Duration {
         Duration::from_millis(self.frame_timeout_ms)
+    }
+
+    pub fn write_timeout(&self) -> Duration {
+        Duration::from_millis(self.write_timeout_ms)
+    }
+}
+
+impl StorageConfig {
+    pub fn ledger_age_max(&self) -> Duration {
+        Duration::from_secs(self.ledger_age_max_s)
+    }
+
+    pub fn cursor_save_interval(&self) -> Duration {
+        Duration::from_millis(self.cursor_save_interval_ms)
     }
 }
 
