@@ -13,9 +13,12 @@ pub const BROKER_BYTES: usize = 16;
 pub const CHECKED_FROM: usize = 24;
 pub const VERSION: u8 = 1;
 pub const RECORD_HEADER_BYTES: usize = 16;
+/// No batch is larger, packed or unpacked, whatever a builder is asked for.
+pub const BATCH_BYTES_MAX: usize = 1 << 30;
 /// Records of one batch.
 pub const RECORDS_MAX: u32 = 1 << 20;
 
+const LZ4_RATIO_MAX: u64 = 255;
 const FLAG_KEY: u16 = 1;
 const FLAG_DELIVER_AT: u16 = 2;
 const FLAGS_KNOWN: u16 = FLAG_KEY | FLAG_DELIVER_AT;
@@ -78,10 +81,12 @@ pub enum BatchError {
     Compression(u8),
     #[error("reserved batch header bytes are not zero")]
     Reserved,
-    #[error("{0} records in a batch; 1 to {RECORDS_MAX} are allowed")]
+    #[error("{0} records in a batch; 1 to {RECORDS_MAX} are allowed, and no more than its bytes have room for")]
     RecordCount(u32),
     #[error("a batch without compression says {said} bytes of records and holds {have}")]
     RecordsBytes { said: u32, have: u32 },
+    #[error("sequence {base} and {count} records pass the end of all sequences")]
+    Sequence { base: u64, count: u32 },
     #[error("the batch has checksum {computed:08x}; its header says {stored:08x}")]
     Checksum { stored: u32, computed: u32 },
     #[error("the records do not decompress to the {said} bytes that the header says")]
@@ -106,6 +111,7 @@ impl BatchError {
             | BatchError::Reserved
             | BatchError::RecordCount(_)
             | BatchError::RecordsBytes { .. }
+            | BatchError::Sequence { .. }
             | BatchError::Decompress { .. }
             | BatchError::Record { .. } => ErrorCode::MalformedBatch,
         }
@@ -137,6 +143,14 @@ pub fn header(bytes: &[u8]) -> Result<Header, BatchError> {
     if compression == Compression::None && records_bytes != area {
         return Err(BatchError::RecordsBytes { said: records_bytes, have: area });
     }
+    // The broker does not look at the records, so a batch of a few bytes must not be able to use up a million offsets.
+    if u64::from(records_bytes) < u64::from(record_count) * RECORD_HEADER_BYTES as u64 {
+        return Err(BatchError::RecordCount(record_count));
+    }
+    let base_sequence = u64_at(h, 48);
+    if base_sequence.checked_add(u64::from(record_count)).is_none() {
+        return Err(BatchError::Sequence { base: base_sequence, count: record_count });
+    }
     Ok(Header {
         base_offset: u64_at(h, 0),
         append_time_ms: u64_at(h, 8),
@@ -147,7 +161,7 @@ pub fn header(bytes: &[u8]) -> Result<Header, BatchError> {
         producer: u64_at(h, 32),
         producer_epoch: u32_at(h, 40),
         records_bytes,
-        base_sequence: u64_at(h, 48),
+        base_sequence,
         max_timestamp_ms: u64_at(h, 56),
     })
 }
@@ -163,7 +177,7 @@ pub fn check(bytes: &[u8]) -> Result<Header, BatchError> {
     Ok(header)
 }
 
-/// Compares the CRC of `bytes`, the batch of `header`.
+/// Compares the CRC of `bytes`, the batch of `header`. Panics if they are shorter than that header says.
 pub fn check_crc(header: &Header, bytes: &[u8]) -> Result<(), BatchError> {
     let computed = crc32c::crc32c(&bytes[CHECKED_FROM..header.batch_bytes as usize]);
     if computed != header.crc {
@@ -219,7 +233,7 @@ impl<'a> RecordHeaders<'a> {
     }
 
     /// Names and values in the order in which the producer gave them.
-    pub fn iter(&self) -> impl Iterator<Item = (&'a str, &'a [u8])> + use<'a> {
+    pub fn iter(&self) -> impl Iterator<Item = NameAndValue<'a>> + use<'a> {
         let mut rest = self.bytes;
         (0..self.count).map_while(move |_| {
             let (pair, after) = record_header(rest)?;
@@ -229,7 +243,11 @@ impl<'a> RecordHeaders<'a> {
     }
 }
 
-fn record_header(bytes: &[u8]) -> Option<((&str, &[u8]), &[u8])> {
+/// Of a record's header.
+pub type NameAndValue<'a> = (&'a str, &'a [u8]);
+
+/// The header at the start of `bytes`, and what follows it.
+fn record_header(bytes: &[u8]) -> Option<(NameAndValue<'_>, &[u8])> {
     let (lengths, rest) = bytes.split_first_chunk::<6>()?;
     let name_bytes = u16::from_le_bytes([lengths[0], lengths[1]]) as usize;
     let value_bytes = u32::from_le_bytes([lengths[2], lengths[3], lengths[4], lengths[5]]) as usize;
@@ -246,6 +264,41 @@ pub struct Builder {
     records: u32,
     bytes_max: usize,
     max_timestamp_ms: u64,
+    packer: Packer,
+}
+
+/// Packs record areas; keeps its buffers, because a Zstandard context alone takes more than a megabyte.
+#[derive(Default)]
+struct Packer {
+    zstd: Option<zstd::bulk::Compressor<'static>>,
+    packed: Vec<u8>,
+}
+
+impl std::fmt::Debug for Packer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Packer").finish_non_exhaustive()
+    }
+}
+
+impl Packer {
+    /// The packed records, or nothing where packing does not pay: it would cost the consumer for nothing.
+    fn pack(&mut self, compression: Compression, records: &[u8]) -> Option<&[u8]> {
+        let packed_bytes = match compression {
+            Compression::None => return None,
+            Compression::Lz4 => {
+                self.packed.resize(lz4_flex::block::get_maximum_output_size(records.len()), 0);
+                lz4_flex::block::compress_into(records, &mut self.packed).expect("the buffer holds the worst case")
+            }
+            Compression::Zstd => {
+                self.packed.resize(zstd::zstd_safe::compress_bound(records.len()), 0);
+                let zstd = self.zstd.get_or_insert_with(|| {
+                    zstd::bulk::Compressor::new(0).expect("the default level of Zstandard is a valid one")
+                });
+                zstd.compress_to_buffer(records, self.packed.as_mut_slice()).expect("the buffer holds the worst case")
+            }
+        };
+        if packed_bytes < records.len() { Some(&self.packed[..packed_bytes]) } else { None }
+    }
 }
 
 /// What the producer writes into the header of a batch.
@@ -258,9 +311,16 @@ pub struct Seal {
 }
 
 impl Builder {
-    /// A builder of batches of at most `bytes_max` bytes, header included.
+    /// A builder of batches of at most `bytes_max` bytes, header included, and never more than [`BATCH_BYTES_MAX`].
     pub fn new(bytes_max: usize) -> Builder {
-        Builder { bytes: vec![0; HEADER_BYTES], records: 0, bytes_max, max_timestamp_ms: 0 }
+        Builder {
+            bytes: vec![0; HEADER_BYTES],
+            records: 0,
+            // Every length in a batch is a u32.
+            bytes_max: bytes_max.min(BATCH_BYTES_MAX),
+            max_timestamp_ms: 0,
+            packer: Packer::default(),
+        }
     }
 
     pub fn record_count(&self) -> u32 {
@@ -287,13 +347,15 @@ impl Builder {
     }
 
     /// Adds a record. `Full` when the batch would pass its size or count: seal it and start the next. A record that is
-    /// `Full` in an empty batch is too large for any.
+    /// `Full` in an empty batch is too large for any. `Record` when it has over 65535 headers or a longer header name.
     pub fn push(&mut self, record: &NewRecord<'_>) -> Result<(), BatchError> {
         let size = Self::record_bytes(record);
         if self.bytes.len() + size > self.bytes_max || self.records == RECORDS_MAX {
             return Err(BatchError::Full(size));
         }
-        if record.headers.len() > u16::MAX as usize || record.headers.iter().any(|(name, _)| name.len() > u16::MAX as usize) {
+        if record.headers.len() > u16::MAX as usize
+            || record.headers.iter().any(|(name, _)| name.len() > u16::MAX as usize)
+        {
             return Err(BatchError::Record { index: self.records });
         }
         let mut flags = 0;
@@ -334,21 +396,16 @@ impl Builder {
         let records = &self.bytes[HEADER_BYTES..];
         let records_bytes = records.len() as u32;
         out.extend_from_slice(&[0; HEADER_BYTES]);
-        let mut compression = seal.compression;
-        match compression {
-            Compression::None => {}
-            Compression::Lz4 => out.extend_from_slice(&lz4_flex::block::compress(records)),
-            Compression::Zstd => {
-                let packed = zstd::bulk::compress(records, 0).expect("compressing into memory does not fail");
-                out.extend_from_slice(&packed);
+        let compression = match self.packer.pack(seal.compression, records) {
+            Some(packed) => {
+                out.extend_from_slice(packed);
+                seal.compression
             }
-        }
-        // Packing that does not pay is not kept: it would cost the consumer for nothing.
-        if compression == Compression::None || out.len() - start - HEADER_BYTES >= records.len() {
-            compression = Compression::None;
-            out.truncate(start + HEADER_BYTES);
-            out.extend_from_slice(records);
-        }
+            None => {
+                out.extend_from_slice(records);
+                Compression::None
+            }
+        };
         let batch_bytes = (out.len() - start) as u32;
         let h = &mut out[start..];
         h[16..20].copy_from_slice(&batch_bytes.to_le_bytes());
@@ -385,11 +442,14 @@ impl<'a> Records<'a> {
         if said > unpacked_bytes_max {
             return Err(BatchError::TooLarge { said, limit: unpacked_bytes_max });
         }
-        let area = match header.compression {
-            Compression::None => area.into(),
-            Compression::Lz4 => lz4_flex::block::decompress(area, said as usize).ok().filter(|a| a.len() == said as usize).ok_or(BatchError::Decompress { said })?.into(),
-            Compression::Zstd => zstd::bulk::decompress(area, said as usize).ok().filter(|a| a.len() == said as usize).ok_or(BatchError::Decompress { said })?.into(),
+        let unpacked = match header.compression {
+            Compression::None => return Ok(Records { header, area: area.into() }),
+            // LZ4 packs at most 255 bytes into one. A batch that claims more has nothing to allocate for.
+            Compression::Lz4 if (area.len() as u64 * LZ4_RATIO_MAX) < u64::from(said) => None,
+            Compression::Lz4 => lz4_flex::block::decompress(area, said as usize).ok(),
+            Compression::Zstd => zstd::bulk::decompress(area, said as usize).ok(),
         };
+        let area = unpacked.filter(|area| area.len() == said as usize).ok_or(BatchError::Decompress { said })?.into();
         Ok(Records { header, area })
     }
 
@@ -441,7 +501,8 @@ fn record(bytes: &[u8], offset: u64) -> Option<(Record<'_>, &[u8])> {
     let size = u32::from_le_bytes([head[0], head[1], head[2], head[3]]) as usize;
     let flags = u16::from_le_bytes([head[4], head[5]]);
     let header_count = u16::from_le_bytes([head[6], head[7]]);
-    let event_time_ms = u64::from_le_bytes([head[8], head[9], head[10], head[11], head[12], head[13], head[14], head[15]]);
+    let event_time_ms =
+        u64::from_le_bytes([head[8], head[9], head[10], head[11], head[12], head[13], head[14], head[15]]);
     if flags & !FLAGS_KNOWN != 0 || size < RECORD_HEADER_BYTES {
         return None;
     }

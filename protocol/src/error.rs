@@ -14,13 +14,17 @@ pub enum Retry {
 }
 
 macro_rules! codes {
-    ($($(#[$doc:meta])* $name:ident = $number:literal, $retry:ident, $closes:literal;)*) => {
+    ($($(#[doc = $doc:literal])* $name:ident = $number:literal, $retry:ident, $closes:literal;)*) => {
         /// A stable error number. Numbers are never reused; unknown ones are read as [`ErrorCode::Internal`].
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr(u16)]
         pub enum ErrorCode {
-            $($(#[$doc])* $name = $number,)*
+            $($(#[doc = $doc])* $name = $number,)*
         }
+
+        /// Code and meaning, as the README lists them.
+        #[cfg(test)]
+        pub(crate) const CODES: &[(ErrorCode, &str)] = &[$((ErrorCode::$name, concat!($($doc),*))),*];
 
         impl ErrorCode {
             pub const ALL: &'static [ErrorCode] = &[$(ErrorCode::$name),*];

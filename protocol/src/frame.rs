@@ -11,9 +11,11 @@ pub const MAGIC: [u8; 4] = *b"DRVA";
 pub const VERSION: u8 = 1;
 pub const HEADER_BYTES: usize = 32;
 pub const ALIGNMENT: usize = 16;
+const _: () = assert!(u64::BITS <= usize::BITS, "lengths of frames are computed in usize from fields of 32 bits");
 
-/// A body is small by nature; larger ones are refused before they are read.
-pub const BODY_BYTES_MAX: u32 = 64 * 1024;
+/// Larger bodies are refused before they are read. The largest that there are, lists of topics, places and subscriptions
+/// at their limits, fit.
+pub const BODY_BYTES_MAX: u32 = 512 * 1024;
 /// What a node accepts as payload unless its configuration says otherwise.
 pub const PAYLOAD_BYTES_MAX_DEFAULT: u32 = 4 * 1024 * 1024;
 
@@ -155,7 +157,9 @@ fn decode_header(head: &[u8; HEADER_BYTES], payload_bytes_max: u32) -> Result<He
     })
 }
 
-/// Rewrites the owner's port of an encoded frame, as the core does that forwarded it. `frame` starts with the header.
+/// Rewrites the owner's port of an encoded frame, as the core does that forwarded it.
+///
+/// `frame` starts with a header and body of our own making; panics if it is shorter.
 pub fn set_owner_port(frame: &mut [u8], owner_port: u16) {
     let (head, rest) = frame.split_first_chunk_mut::<HEADER_BYTES>().expect("a whole header");
     head[24..26].copy_from_slice(&owner_port.to_le_bytes());
@@ -166,14 +170,34 @@ pub fn set_owner_port(frame: &mut [u8], owner_port: u16) {
 
 /// Appends header and padded body of `message` to `out`.
 ///
-/// The caller appends `payload_bytes` of payload and [`padding`] after it.
+/// The caller appends `payload_bytes` of payload and [`padding`] after it. Panics if the body is larger than
+/// [`BODY_BYTES_MAX`]: check the lengths of what comes from outside, or use [`try_encode`].
 pub fn encode<M: Message>(message: &M, flags: u16, correlation: u64, payload_bytes: u32, out: &mut Vec<u8>) {
+    if let Err(error) = try_encode(message, flags, correlation, payload_bytes, out) {
+        panic!("{:?}: {error}", M::KIND);
+    }
+}
+
+/// As [`encode`], for messages that hold text of any length.
+///
+/// Errors: `BodyTooLarge`, with `out` as it was.
+pub fn try_encode<M: Message>(
+    message: &M,
+    flags: u16,
+    correlation: u64,
+    payload_bytes: u32,
+    out: &mut Vec<u8>,
+) -> Result<(), FrameError> {
     let start = out.len();
     out.extend_from_slice(&[0u8; HEADER_BYTES]);
     message.archive_to(out);
     let body_start = start + HEADER_BYTES;
     let body_bytes = out.len() - body_start;
-    assert!(body_bytes <= BODY_BYTES_MAX as usize, "body of {body_bytes} bytes, at most {BODY_BYTES_MAX}");
+    if (BODY_BYTES_MAX as usize) < body_bytes {
+        out.truncate(start);
+        let announced = u32::try_from(body_bytes).unwrap_or(u32::MAX);
+        return Err(FrameError::BodyTooLarge { announced, limit: BODY_BYTES_MAX });
+    }
     let mut head = [0u8; HEADER_BYTES];
     head[0..4].copy_from_slice(&MAGIC);
     head[4] = VERSION;
@@ -186,6 +210,7 @@ pub fn encode<M: Message>(message: &M, flags: u16, correlation: u64, payload_byt
     head[28..32].copy_from_slice(&crc.to_le_bytes());
     out[start..body_start].copy_from_slice(&head);
     out.extend_from_slice(padding(body_bytes));
+    Ok(())
 }
 
 /// The zeros that follow `bytes` bytes of body or payload.

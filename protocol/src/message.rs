@@ -1,19 +1,35 @@
 //! The bodies of frames, one struct a kind. Bodies are rkyv archives (little-endian, unaligned, 32-bit relative
 //! pointers, root at the end) and are read where they lie with [`access`]. Source: `protocol/README.md`, "Messages".
+//!
+//! A new message is a line in `kinds!`, a struct in `bodies!` and the tables in the README; a test compares them.
 
-use rkyv::api::high::{HighValidator, to_bytes_in};
+use rkyv::api::high::{HighDeserializer, HighValidator, to_bytes_in};
 use rkyv::bytecheck::CheckBytes;
-use rkyv::rancor;
+use rkyv::rancor::{Failure, Panic};
 use rkyv::{Archive, Deserialize, Portable, Serialize};
 
+/// Names in one `Topics`.
+pub const TOPICS_MAX: u32 = 1000;
+/// Partitions of one topic.
+pub const PARTITIONS_MAX: u32 = 1024;
+/// Subscriptions of one partition.
+pub const SUBSCRIPTIONS_MAX: u32 = 1000;
+pub const SUBSCRIPTION_NAME_BYTES_MAX: usize = 128;
+/// A host name in a [`PartitionPlace`], as DNS allows.
+pub const HOST_BYTES_MAX: usize = 255;
+
 macro_rules! kinds {
-    ($($(#[$doc:meta])* $name:ident = $number:literal;)*) => {
+    ($($(#[doc = $doc:literal])* $name:ident = $number:literal;)*) => {
         /// What a frame is. Numbers are never reused.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr(u8)]
         pub enum Kind {
-            $($(#[$doc])* $name = $number,)*
+            $($(#[doc = $doc])* $name = $number,)*
         }
+
+        /// Number, name and meaning of each kind, as the README lists them.
+        #[cfg(test)]
+        pub(crate) const KINDS: &[(u8, &str, &str)] = &[$(($number, stringify!($name), concat!($($doc),*))),*];
 
         impl Kind {
             pub const ALL: &'static [Kind] = &[$(Kind::$name),*];
@@ -31,7 +47,7 @@ macro_rules! kinds {
                 const KIND: Kind = Kind::$name;
 
                 fn archive_to(&self, out: &mut Vec<u8>) {
-                    to_bytes_in::<_, rancor::Panic>(self, out).expect("archiving into memory does not fail");
+                    to_bytes_in::<_, Panic>(self, out).expect("archiving into memory does not fail");
                 }
             }
         )*
@@ -45,50 +61,63 @@ kinds! {
     Welcome = 2;
     /// The answer to any request that failed.
     Error = 3;
+    /// Asks for a sign of life; either side may.
     Ping = 4;
+    /// The answer to `Ping`.
     Pong = 5;
     /// The answer to a request that has nothing else to tell.
     Done = 6;
 
+    /// Answered with `Topic`.
     CreateTopic = 10;
+    /// Deletes a topic with all that is in it. Answered with `Done`.
     DeleteTopic = 11;
+    /// Answered with `Topics`.
     ListTopics = 12;
     /// The answer to `ListTopics`.
     Topics = 13;
-    /// Asks where the partitions of a topic live, and for its policy.
+    /// Asks where the partitions of a topic live, and for its policy. Answered with `Topic`.
     Lookup = 14;
     /// The answer to `CreateTopic` and `Lookup`.
     Topic = 15;
+    /// Answered with `PartitionState`.
     DescribePartition = 16;
     /// The answer to `DescribePartition`.
     PartitionState = 17;
 
+    /// Begins a new epoch of an idempotent producer. Answered with `ProducerOpened`.
     OpenProducer = 30;
+    /// The answer to `OpenProducer`.
     ProducerOpened = 31;
-    /// Payload: one batch.
+    /// Payload: one batch. Answered with `Published`.
     Publish = 32;
+    /// The answer to `Publish`, once the batch is as safe as the topic promises.
     Published = 33;
 
-    /// Asks for batches from an offset on; waits for the first if there is none.
+    /// Asks for batches from an offset on; waits for the first if there is none. Answered with `Fetched`.
     Fetch = 40;
-    /// Payload: batches, each padded to 16 bytes.
+    /// The answer to `Fetch`. Payload: batches, each padded to 16 bytes.
     Fetched = 41;
-    /// Asks for the offset of a place.
+    /// Asks for the offset of a place. Answered with `Located`.
     Locate = 42;
+    /// The answer to `Locate` and `Seek`.
     Located = 43;
 
+    /// Attaches a consumer to a durable subscription. Answered with `Subscribed`.
     Subscribe = 50;
+    /// The answer to `Subscribe`.
     Subscribed = 51;
     /// Grants credit to the node; has no answer.
     Flow = 52;
     /// Pushed by the node. Payload: batches, each padded to 16 bytes.
     Deliver = 53;
-    /// Moves the cursor of a subscription.
+    /// Moves the cursor of a subscription. Answered with `Done` if its correlation id is not 0.
     Ack = 54;
+    /// Moves the cursor to a place, backwards too. Answered with `Located`; deliveries go on from there.
     Seek = 55;
-    /// Ends a consumer; the subscription and its cursor stay.
+    /// Ends a consumer; the subscription and its cursor stay. Answered with `Done`.
     CloseConsumer = 56;
-    /// Ends a subscription with its cursor.
+    /// Ends a subscription with its cursor. Answered with `Done`.
     DeleteSubscription = 57;
 }
 
@@ -100,31 +129,44 @@ pub trait Message {
     fn archive_to(&self, out: &mut Vec<u8>);
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the body is no valid {kind:?}: {reason}")]
-pub struct BodyError {
-    pub kind: Kind,
-    pub reason: String,
+/// A message whose archive can be checked and copied out: all of them.
+pub trait Body:
+    Message
+    + Sized
+    + Archive<
+        Archived: Portable
+                      + for<'a> CheckBytes<HighValidator<'a, Failure>>
+                      + Deserialize<Self, HighDeserializer<Failure>>,
+    >
+{
 }
 
-/// Checks `body` and returns the archive where it lies. Every offset, length, enum and string is checked.
-pub fn access<M>(body: &[u8]) -> Result<&M::Archived, BodyError>
-where
-    M: Message + Archive,
-    M::Archived: Portable + for<'a> CheckBytes<HighValidator<'a, rancor::Error>>,
+impl<M> Body for M where
+    M: Message
+        + Archive<
+            Archived: Portable
+                          + for<'a> CheckBytes<HighValidator<'a, Failure>>
+                          + Deserialize<M, HighDeserializer<Failure>>,
+        >
 {
-    rkyv::access::<M::Archived, rancor::Error>(body)
-        .map_err(|error| BodyError { kind: M::KIND, reason: error.to_string() })
+}
+
+// The archive library's own reasons name addresses in memory, which a client has no business to know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the body is no valid archive of {kind:?}")]
+pub struct BodyError {
+    pub kind: Kind,
+}
+
+/// Checks `body` and returns the archive where it lies. Every offset, length, enum and string is checked; no two
+/// pointers may lead to the same bytes, so that copying out takes no more than a few times the size of the body.
+pub fn access<M: Body>(body: &[u8]) -> Result<&M::Archived, BodyError> {
+    rkyv::access::<M::Archived, Failure>(body).map_err(|Failure| BodyError { kind: M::KIND })
 }
 
 /// Checks `body` and copies it out.
-pub fn decode<M>(body: &[u8]) -> Result<M, BodyError>
-where
-    M: Message + Archive,
-    M::Archived:
-        Portable + for<'a> CheckBytes<HighValidator<'a, rancor::Error>> + Deserialize<M, rkyv::api::high::HighDeserializer<rancor::Error>>,
-{
-    rkyv::from_bytes::<M, rancor::Error>(body).map_err(|error| BodyError { kind: M::KIND, reason: error.to_string() })
+pub fn decode<M: Body>(body: &[u8]) -> Result<M, BodyError> {
+    rkyv::from_bytes::<M, Failure>(body).map_err(|Failure| BodyError { kind: M::KIND })
 }
 
 /// When a publish is acknowledged.
@@ -136,25 +178,6 @@ pub enum Durability {
     Disk,
     /// When the entry is staged in memory; it reaches the disk with the next flush, and a crash before that loses it.
     Memory,
-}
-
-/// What a topic promises and what it may use.
-#[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
-#[rkyv(derive(Debug))]
-pub struct TopicPolicy {
-    /// 1..=1024.
-    pub partitions: u32,
-    pub durability: Durability,
-    /// Closed ledgers whose newest message is older are deleted. 0: kept for ever.
-    pub retention_ms: u64,
-    /// Oldest closed ledgers of a partition are deleted while it holds more. 0: no limit.
-    pub retention_bytes: u64,
-    /// What one partition may hold in the ledger cache. 0: as much as the shard has.
-    pub cache_bytes: u64,
-    /// Nodes that hold each entry.
-    pub replicas: u8,
-    /// Nodes that must hold an entry before it is acknowledged.
-    pub ack_quorum: u8,
 }
 
 impl Default for TopicPolicy {
@@ -171,21 +194,6 @@ impl Default for TopicPolicy {
     }
 }
 
-/// Where one partition lives.
-#[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
-#[rkyv(derive(Debug))]
-pub struct PartitionPlace {
-    pub partition: u64,
-    /// 0-based place in its topic.
-    pub index: u32,
-    pub node: u64,
-    pub shard: u16,
-    /// Host or IP of the owner; empty: the host that the client is connected to.
-    pub host: String,
-    /// Port of the owning core.
-    pub port: u16,
-}
-
 /// A place in a partition, as a reader names it.
 #[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
 #[rkyv(derive(Debug))]
@@ -199,18 +207,47 @@ pub enum Place {
     Time(u64),
 }
 
-macro_rules! messages {
-    ($($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $type:ty,)* })*) => {
+/// One field of an archive, as the README draws it.
+#[cfg(test)]
+pub(crate) struct Field {
+    pub name: &'static str,
+    pub kind: &'static str,
+    pub offset: usize,
+    pub doc: &'static str,
+}
+
+/// One archived struct, as the README draws it.
+#[cfg(test)]
+pub(crate) struct Layout {
+    pub name: &'static str,
+    pub bytes: usize,
+    pub fields: &'static [Field],
+}
+
+macro_rules! bodies {
+    ($($(#[$doc:meta])* $name:ident { $($(#[doc = $field_doc:literal])* $field:ident: $type:ty,)* })*) => {
         $(
             $(#[$doc])*
             #[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
             #[rkyv(derive(Debug))]
-            pub struct $name { $($(#[$field_doc])* pub $field: $type,)* }
+            pub struct $name { $($(#[doc = $field_doc])* pub $field: $type,)* }
         )*
+
+        #[cfg(test)]
+        pub(crate) const LAYOUTS: &[Layout] = &[$(Layout {
+            name: stringify!($name),
+            bytes: size_of::<<$name as Archive>::Archived>(),
+            fields: &[$(Field {
+                name: stringify!($field),
+                kind: stringify!($type),
+                offset: std::mem::offset_of!(<$name as Archive>::Archived, $field),
+                doc: concat!($($field_doc),*),
+            }),*],
+        }),*];
     };
 }
 
-messages! {
+bodies! {
     Hello {
         version_min: u8,
         version_max: u8,
@@ -232,7 +269,7 @@ messages! {
         features: u64,
     }
     Error {
-        /// See [`crate::ErrorCode`].
+        /// The number of an `ErrorCode`; unknown ones mean `Internal`.
         code: u16,
         /// Pause before trying again, in ms; 0 where trying again is no use or needs no pause.
         retry_after_ms: u32,
@@ -350,13 +387,39 @@ messages! {
     Seek { consumer: u32, place: Place, }
     CloseConsumer { consumer: u32, }
     DeleteSubscription { partition: u64, subscription: String, }
-}
 
-/// A durable cursor as `DescribePartition` tells it.
-#[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
-#[rkyv(derive(Debug))]
-pub struct SubscriptionState {
-    pub name: String,
-    pub offset: u64,
-    pub connected: bool,
+    /// What a topic promises and what it may use.
+    TopicPolicy {
+        /// 1..=1024.
+        partitions: u32,
+        durability: Durability,
+        /// Closed ledgers whose newest message is older are deleted. 0: kept for ever.
+        retention_ms: u64,
+        /// Oldest closed ledgers of a partition are deleted while it holds more. 0: no limit.
+        retention_bytes: u64,
+        /// What one partition may hold in the ledger cache. 0: as much as the shard has.
+        cache_bytes: u64,
+        /// Nodes that hold each entry.
+        replicas: u8,
+        /// Nodes that must hold an entry before it is acknowledged.
+        ack_quorum: u8,
+    }
+    /// Where one partition lives.
+    PartitionPlace {
+        partition: u64,
+        /// 0-based place in its topic.
+        index: u32,
+        node: u64,
+        shard: u16,
+        /// Host or IP of the owner; empty: the host that the client is connected to.
+        host: String,
+        /// Port of the owning core.
+        port: u16,
+    }
+    /// A durable cursor as `DescribePartition` tells it.
+    SubscriptionState {
+        name: String,
+        offset: u64,
+        connected: bool,
+    }
 }

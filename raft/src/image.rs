@@ -3,17 +3,18 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use drava_protocol::message::TopicPolicy;
+use drava_protocol::message::{PartitionPlace, TopicPolicy};
 use drava_protocol::topic::TopicName;
 use drava_protocol::{NodeId, PartitionId, ShardId, Term, TopicId};
 
-/// A version of all metadata. Cheap to clone and to compare by `version`.
-#[derive(Clone, Debug, Default)]
+/// A version of all metadata. Cheap to compare by `version`; share it as an `Arc`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Image {
     /// Counts up by one with each change.
     pub version: u64,
     pub topics: BTreeMap<TopicName, Arc<Topic>>,
     pub partitions: BTreeMap<PartitionId, Partition>,
+    pub nodes: BTreeMap<NodeId, Arc<Node>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,4 +43,57 @@ pub struct Partition {
 pub struct Owner {
     pub node: NodeId,
     pub shard: ShardId,
+}
+
+/// A node as it last made itself known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    pub id: NodeId,
+    pub incarnation: Incarnation,
+    /// Host or IP that clients reach it by; empty: the host that they are connected to.
+    pub host: String,
+    /// The port that all shards listen on.
+    pub shared_port: u16,
+    /// The port of each shard's own listener, by shard: as many as the node has shards.
+    pub shard_ports: Vec<u16>,
+    pub liveness: Liveness,
+}
+
+/// Minted at random with a data directory: a node that comes back without its data is another one under the old id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Incarnation(pub u64);
+
+/// Whether new partitions may be placed on a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum Liveness {
+    Live,
+    Down,
+}
+
+impl Node {
+    pub fn shard_count(&self) -> usize {
+        self.shard_ports.len()
+    }
+}
+
+impl Image {
+    /// The partitions that a shard owns, by id.
+    pub fn owned_by(&self, owner: Owner) -> impl Iterator<Item = &Partition> {
+        self.partitions.values().filter(move |partition| partition.owner == owner)
+    }
+
+    /// Where a partition lives, as clients are told. `None`: no such partition, or its owner has not made itself known.
+    pub fn place(&self, partition: PartitionId) -> Option<PartitionPlace> {
+        let partition = self.partitions.get(&partition)?;
+        let node = self.nodes.get(&partition.owner.node)?;
+        let port = node.shard_ports.get(usize::from(partition.owner.shard.0))?;
+        Some(PartitionPlace {
+            partition: partition.id.0,
+            index: partition.index,
+            node: node.id.0,
+            shard: partition.owner.shard.0,
+            host: node.host.clone(),
+            port: *port,
+        })
+    }
 }

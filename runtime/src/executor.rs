@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use glommio::{LocalExecutorBuilder, Placement};
 
-/// The ticker's period while the executor has worked within [`IDLE_AFTER`].
+use crate::task::Guarded;
+
+/// The ticker's period while the executor has worked within the last second.
 pub const TICK: Duration = Duration::from_millis(5);
 /// The ticker's period on an idle executor: bounds a stall and costs next to nothing.
 pub const TICK_IDLE: Duration = Duration::from_millis(50);
@@ -64,7 +66,8 @@ impl<T: Send + 'static> ExecutorHandle<T> {
 pub struct Executor;
 
 impl Executor {
-    /// Starts a thread with an executor that runs the future made by `start`, beside a ticker.
+    /// Starts a thread with an executor that runs the future made by `start`, beside a ticker. A panic in it ends the
+    /// process, as in every task.
     ///
     /// Errors: what the kernel refuses (io_uring, memlock, an unknown core).
     pub fn start<G, F, T>(config: ExecutorConfig, start: G) -> io::Result<ExecutorHandle<T>>
@@ -79,13 +82,13 @@ impl Executor {
                 if ticker {
                     crate::spawn(tick());
                 }
-                start().await
+                Guarded(async move { start().await }).await
             })
             .map(ExecutorHandle)
             .map_err(crate::io_error)
     }
 
-    /// Runs `future` on an executor on the calling thread, beside a ticker.
+    /// Runs `future` on an executor on the calling thread, beside a ticker. A panic in it is the caller's.
     pub fn run<T>(config: ExecutorConfig, future: impl Future<Output = T>) -> io::Result<T> {
         let executor = builder(&config).make().map_err(crate::io_error)?;
         let ticker = config.ticker;
@@ -114,7 +117,19 @@ pub struct TickerStats {
     pub ticks: u64,
     /// Ticks that came more than a period too late: the executor was busy without yielding, starved, or parked wrongly.
     pub late: u64,
+    /// How much too late the latest of them came.
     pub latest: Duration,
+}
+
+impl TickerStats {
+    fn after_tick(mut self, late_by: Duration) -> TickerStats {
+        self.ticks += 1;
+        if LATE_AFTER < late_by {
+            self.late += 1;
+            self.latest = self.latest.max(late_by);
+        }
+        self
+    }
 }
 
 thread_local! {
@@ -133,6 +148,8 @@ pub fn ticker_stats() -> TickerStats {
 }
 
 async fn tick() {
+    // A thread may run one executor after another; each starts its own count.
+    STATS.set(TickerStats::default());
     let mut active_at = Instant::now();
     loop {
         let before = Instant::now();
@@ -141,13 +158,80 @@ async fn tick() {
         }
         let period = if before.duration_since(active_at) < IDLE_AFTER { TICK } else { TICK_IDLE };
         crate::time::sleep(period).await;
-        let late = before.elapsed().saturating_sub(period);
-        let mut stats = STATS.get();
-        stats.ticks += 1;
-        if late > LATE_AFTER {
-            stats.late += 1;
-            stats.latest = stats.latest.max(late);
-        }
-        STATS.set(stats);
+        STATS.set(STATS.get().after_tick(before.elapsed().saturating_sub(period)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_are_counted_and_late_ones_remembered() {
+        let stats = [Duration::ZERO, LATE_AFTER, LATE_AFTER * 4, LATE_AFTER * 2]
+            .into_iter()
+            .fold(TickerStats::default(), TickerStats::after_tick);
+        assert_eq!((stats.ticks, stats.late, stats.latest), (4, 2, LATE_AFTER * 4));
+    }
+
+    #[test]
+    fn the_ticker_of_a_started_executor_ticks() {
+        let executor = Executor::start(ExecutorConfig::new("ticks", None), || async {
+            mark_active();
+            while ticker_stats().ticks < 3 {
+                crate::time::sleep(TICK).await;
+            }
+            ticker_stats()
+        });
+        let stats = executor.expect("an executor").join().expect("it ends");
+        assert!(3 <= stats.ticks);
+        assert!(stats.late <= stats.ticks);
+    }
+
+    #[test]
+    fn a_busy_stretch_without_yielding_makes_the_next_tick_late() {
+        let stats = Executor::run(ExecutorConfig::new("busy", None), async {
+            while ticker_stats().ticks < 1 {
+                crate::time::sleep(TICK).await;
+            }
+            let late_before = ticker_stats().late;
+            // Longer than the period in force and the allowance together.
+            std::thread::sleep(TICK_IDLE + LATE_AFTER * 4);
+            while ticker_stats().late == late_before {
+                crate::time::sleep(TICK).await;
+            }
+            ticker_stats()
+        })
+        .expect("an executor");
+        assert!(LATE_AFTER < stats.latest);
+    }
+
+    #[test]
+    fn an_executor_on_the_same_thread_starts_its_own_count() {
+        const EARLIER: u64 = 1_000_000;
+        STATS.set(TickerStats { ticks: EARLIER, ..TickerStats::default() });
+        let ticks = Executor::run(ExecutorConfig::new("counts", None), async {
+            while matches!(ticker_stats().ticks, 0 | EARLIER) {
+                crate::time::sleep(TICK).await;
+            }
+            ticker_stats().ticks
+        });
+        assert!(ticks.expect("an executor") < EARLIER);
+    }
+
+    #[test]
+    fn without_a_ticker_nothing_ticks() {
+        let config = ExecutorConfig { ticker: false, ..ExecutorConfig::new("quiet", None) };
+        let executor = Executor::start(config, || async {
+            crate::time::sleep(TICK * 3).await;
+            ticker_stats().ticks
+        });
+        assert_eq!(executor.expect("an executor").join().expect("it ends"), 0);
+    }
+
+    #[test]
+    fn an_unknown_core_is_an_error() {
+        let started = Executor::start(ExecutorConfig::new("nowhere", Some(usize::MAX)), || async {});
+        assert!(started.is_err());
     }
 }

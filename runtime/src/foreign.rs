@@ -32,7 +32,8 @@ pub fn inbox<T>() -> (InboxSender<T>, Inbox<T>) {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing that can panic runs under these locks.
+    // Nothing that can panic runs under these locks, and nothing of the caller's is dropped under them: an item or a
+    // task may hold a sender of this very inbox, whose drop takes the lock.
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
@@ -81,14 +82,20 @@ impl<T> Inbox<T> {
     }
 
     pub fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Option<T>> {
-        let mut state = lock(&self.0);
-        if let Some(item) = state.items.pop_front() {
-            return Poll::Ready(Some(item));
-        }
-        if state.senders == 0 {
-            return Poll::Ready(None);
-        }
-        state.waker = Some(cx.waker().clone());
+        let replaced = {
+            let mut state = lock(&self.0);
+            if let Some(item) = state.items.pop_front() {
+                return Poll::Ready(Some(item));
+            }
+            if state.senders == 0 {
+                return Poll::Ready(None);
+            }
+            if state.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+                return Poll::Pending;
+            }
+            state.waker.replace(cx.waker().clone())
+        };
+        drop(replaced);
         Poll::Pending
     }
 
@@ -99,9 +106,12 @@ impl<T> Inbox<T> {
 
 impl<T> Drop for Inbox<T> {
     fn drop(&mut self) {
-        let mut state = lock(&self.0);
-        state.receiver_gone = true;
-        state.items.clear();
+        let left = {
+            let mut state = lock(&self.0);
+            state.receiver_gone = true;
+            (std::mem::take(&mut state.items), state.waker.take())
+        };
+        drop(left);
     }
 }
 
@@ -130,5 +140,118 @@ impl<T> Future for Reply<T> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<T>> {
         self.0.poll_recv(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::thread;
+
+    use super::*;
+    use crate::{Executor, ExecutorConfig};
+
+    fn on_executor<T>(future: impl Future<Output = T>) -> T {
+        Executor::run(ExecutorConfig::new("foreign-test", None), future).expect("an executor")
+    }
+
+    #[test]
+    fn inbox_gets_everything_that_threads_send() {
+        let (sender, mut inbox) = inbox();
+        let threads: Vec<_> = (0..4u64)
+            .map(|thread| {
+                let sender = sender.clone();
+                thread::spawn(move || {
+                    for item in 0..1000u64 {
+                        sender.send((thread, item)).expect("the inbox is there");
+                    }
+                })
+            })
+            .collect();
+        drop(sender);
+        let received = on_executor(async move {
+            let mut received = Vec::new();
+            while let Some(item) = inbox.recv().await {
+                received.push(item);
+            }
+            received
+        });
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        assert_eq!(received.len(), 4000);
+        for thread in 0..4 {
+            let items = received.iter().filter(|(from, _)| *from == thread).map(|(_, item)| *item);
+            assert!(items.eq(0..1000), "the items of one thread stay in order");
+        }
+    }
+
+    #[test]
+    fn sending_to_a_dropped_inbox_gives_the_item_back() {
+        let (sender, inbox) = inbox();
+        assert_eq!(sender.send(1), Ok(()));
+        drop(inbox);
+        assert_eq!(sender.send(2), Err(2));
+    }
+
+    #[test]
+    fn dropping_an_inbox_whose_items_hold_its_sender_does_not_deadlock() {
+        struct Item {
+            _sender: InboxSender<Item>,
+        }
+        let (sender, inbox) = inbox();
+        assert!(sender.send(Item { _sender: sender.clone() }).is_ok());
+        drop(inbox);
+        assert!(sender.send(Item { _sender: sender.clone() }).is_err());
+    }
+
+    #[test]
+    fn a_dropped_inbox_lets_its_waker_go() {
+        struct Wakes;
+        impl std::task::Wake for Wakes {
+            fn wake(self: Arc<Self>) {}
+        }
+        let task = Arc::new(Wakes);
+        let waker = Waker::from(task.clone());
+        let (sender, mut inbox) = inbox::<u8>();
+        assert!(inbox.poll_recv(&mut Context::from_waker(&waker)).is_pending());
+        drop((inbox, waker));
+        assert_eq!(Arc::strong_count(&task), 1, "senders that live on keep no task alive");
+        drop(sender);
+    }
+
+    #[test]
+    fn reply_crosses_from_a_thread_to_a_task() {
+        let (sender, reply) = reply();
+        let thread = thread::spawn(move || sender.send(42));
+        assert_eq!(on_executor(reply), Some(42));
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn a_reply_whose_sender_was_dropped_ends_the_wait() {
+        let (sender, reply) = reply::<u8>();
+        let thread = thread::spawn(move || drop(sender));
+        assert_eq!(on_executor(reply), None);
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn a_reply_that_nobody_waits_for_is_dropped() {
+        let (sender, reply) = reply();
+        let value = Arc::new(());
+        drop(reply);
+        sender.send(value.clone());
+        assert_eq!(Arc::strong_count(&value), 1);
+    }
+
+    #[test]
+    fn try_recv_does_not_wait() {
+        let (sender, mut inbox) = inbox();
+        assert_eq!(inbox.try_recv(), None);
+        sender.send(1).unwrap();
+        assert_eq!(inbox.try_recv(), Some(1));
+        let mut waiting = pin!(inbox.recv());
+        assert!(waiting.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
     }
 }

@@ -2,10 +2,12 @@
 //!
 //! - [`executor`] starts a pinned executor with the two guards that the runtime needs: a long preempt timer and a ticker.
 //! - [`task`] spawns tasks whose panic is seen: glommio would let it unwind the whole executor.
+//! - [`chunk`] has the receive buffers that are shared without a copy.
 //! - [`local`] has the channels between tasks of one executor: no lock, no atomic.
 //! - [`foreign`] has the channels between an executor and ordinary threads.
-//! - [`net`], [`file`], [`time`] and [`mesh`] are glommio's own.
+//! - [`net`], [`mod@file`], [`time`] and [`mesh`] are glommio's own.
 
+pub mod chunk;
 pub mod executor;
 pub mod foreign;
 pub mod local;
@@ -36,9 +38,14 @@ pub mod mesh {
 
 pub use executor::{Executor, ExecutorConfig, ExecutorHandle};
 pub use glommio::GlommioError;
-pub use task::{spawn, yield_if_needed, yield_now};
+pub use task::{spawn, spawn_caught, yield_if_needed, yield_now};
 
 /// glommio's error as the `io::Error` that it mostly is.
 pub fn io_error<T>(error: GlommioError<T>) -> std::io::Error {
     std::io::Error::from(error)
+}
+
+/// Permits shared by tasks of one executor, first come first served.
+pub mod sync {
+    pub use glommio::sync::{Semaphore, StaticPermit};
 }

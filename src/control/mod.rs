@@ -1,2 +1,3 @@
 //! The control core.
+pub mod handle;
 pub mod request;

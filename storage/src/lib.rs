@@ -1,1 +1,31 @@
-//! Placeholder.
+//! The store of one shard: what was appended is on disk before anybody is told so.
+//!
+//! The way of an entry:
+//!
+//! 1. [`Store::append`] stages it: a reference to the received bytes and a place in its ledger, nothing else.
+//! 2. The flusher gathers what was staged into one aligned block ([`block`]), entries of one ledger side by side, and
+//!    copies each once.
+//! 3. `journal` writes the block with O_DIRECT and O_DSYNC into a preallocated segment ([`segment`]).
+//! 4. Blocks complete strictly in order: their entries become readable, then [`FlushSink::flushed`] hears their tokens.
+//! 5. The written buffer is the ledger cache from then on (`cache`); readers of the tail get slices of it.
+//! 6. Where extents lie goes to the index (`index`, RocksDB on a thread of its own), in batches that also say how far
+//!    into the journal they reach.
+//! 7. A reader behind the cache reads extents from the segments, with read-ahead (`backlog`).
+//! 8. `recovery` replays the journal from where the durable index ends. `ledger` says what may be deleted, `journal`
+//!    uses dead segments again.
+//!
+//! A [`Store`] lives on the executor that opened it. Files and clocks are behind [`Io`]. Formats: `storage/README.md`.
+
+pub mod io;
+mod state;
+mod store;
+
+pub use io::Io;
+pub use io::glommio::GlommioIo;
+pub use state::StateBatch;
+pub use store::{
+    AppendError, Cached, DamagedRange, FlushError, FlushSink, NewEntry, OpenError, PartitionLimits, PartitionSlot,
+    ReadError, Recovered, RecoveredPartition, ReplayedBatch, Run, Span, Store, StoreConfig, StoreFigures, TornTail,
+};
+mod index;
+pub use index::{Index, IndexDb, IndexError};

@@ -1,0 +1,71 @@
+//! What the tasks of the control core's own executor may ask of it: the HTTP admin above all.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use drava_protocol::PartitionId;
+use drava_protocol::message::{PartitionPlace, PartitionState, TopicPolicy};
+use drava_protocol::topic::TopicName;
+use drava_raft::{Image, Topic};
+
+use super::request::Refused;
+use crate::shard::stats::ShardStats;
+
+/// A door to the control core, for tasks of its executor. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct ControlHandle(Rc<()>);
+
+/// Whether this node should be sent work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Readiness {
+    /// The metadata group has a leader: topics can be created and deleted.
+    pub leader: bool,
+    /// Shards that serve by the newest metadata image.
+    pub shards_serving: usize,
+    pub shards: usize,
+    /// The node is shutting down and takes no new work.
+    pub draining: bool,
+}
+
+impl ControlHandle {
+    /// The newest metadata.
+    pub fn image(&self) -> Arc<Image> {
+        unimplemented!("the driver follows")
+    }
+
+    /// Creates a topic and returns once every shard of this node serves it.
+    ///
+    /// With `exists_ok` a topic that exists already is answered as it is, whatever its policy.
+    pub async fn create_topic(
+        &self,
+        _name: TopicName,
+        _policy: TopicPolicy,
+        _exists_ok: bool,
+    ) -> Result<Arc<Topic>, Refused> {
+        unimplemented!("the driver follows")
+    }
+
+    /// Deletes a topic and returns once every shard of this node has let go of it.
+    pub async fn delete_topic(&self, _name: TopicName) -> Result<(), Refused> {
+        unimplemented!("the driver follows")
+    }
+
+    /// The figures of all shards, by shard; one that does not answer in time is left out.
+    pub async fn shard_stats(&self) -> Vec<ShardStats> {
+        unimplemented!("the driver follows")
+    }
+
+    /// `None`: no such partition, it lives on another node, or its shard does not answer in time.
+    pub async fn describe_partition(&self, _partition: PartitionId) -> Option<PartitionState> {
+        unimplemented!("the driver follows")
+    }
+
+    pub fn readiness(&self) -> Readiness {
+        unimplemented!("the driver follows")
+    }
+
+    /// Where a partition lives, as clients are told. `None`: no such partition.
+    pub fn place(&self, _partition: PartitionId) -> Option<PartitionPlace> {
+        unimplemented!("the driver follows")
+    }
+}
