@@ -116,10 +116,6 @@ impl HttpServer {
     pub fn bind(config: HttpConfig) -> Result<HttpServer, BindError> {
         let address = config.listen;
         let fail = |source| BindError { address, source };
-        if address.port() != 0 {
-            // The executor's listeners share their port with whoever asks; another node's port is seen only without that.
-            drop(std::net::TcpListener::bind(address).map_err(fail)?);
-        }
         let listener = TcpListener::bind(address).map_err(|error| fail(drava_runtime::io_error(error)))?;
         let address = listener.local_addr().map_err(|error| fail(drava_runtime::io_error(error)))?;
         Ok(HttpServer { listener, address, config })
