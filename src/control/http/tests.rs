@@ -598,15 +598,6 @@ fn stopping_does_not_wait_for_ever() {
 }
 
 #[test]
-fn a_port_in_use_is_an_error() {
-    let node = Node::with_topics();
-    let config = HttpConfig::new(node.address);
-    let second = Executor::run(ExecutorConfig::new("http-second", None), async { HttpServer::bind(config).map(drop) });
-    let error = second.expect("an executor").expect_err("the port is taken");
-    assert_eq!(error.source.kind(), std::io::ErrorKind::AddrInUse);
-}
-
-#[test]
 fn metrics_are_open_metrics_with_a_shard_label() {
     let answer = Node::with_topics().get("/metrics");
     assert_eq!(answer.status, 200);
