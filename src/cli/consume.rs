@@ -136,7 +136,7 @@ impl ConsumeCommand {
             if self.partition.is_some_and(|partition| partition != index) {
                 continue;
             }
-            let cursor = state.subscriptions.iter().find(|found| found.name == subscription).map(|found| found.cursor);
+            let cursor = state.subscriptions.iter().find(|found| found.name == subscription).map(|found| found.offset);
             if cursor.unwrap_or(state.start_offset).max(state.start_offset) < state.end_offset {
                 ends.insert(index, state.end_offset);
             }

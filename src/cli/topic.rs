@@ -181,9 +181,9 @@ async fn describe(client: &Client, target: &Target) -> Result<(), Failure> {
                     [
                         subscription.name.clone(),
                         place.index.to_string(),
-                        subscription.cursor.to_string(),
-                        state.end_offset.saturating_sub(subscription.cursor).to_string(),
-                        if subscription.attached { "yes" } else { "no" }.to_owned(),
+                        subscription.offset.to_string(),
+                        state.end_offset.saturating_sub(subscription.offset).to_string(),
+                        if subscription.connected { "yes" } else { "no" }.to_owned(),
                     ]
                 })
             }).collect();
@@ -191,7 +191,7 @@ async fn describe(client: &Client, target: &Target) -> Result<(), Failure> {
                 return Ok(());
             }
             print("")?;
-            print(table(["subscription", "partition", "cursor", "behind", "attached"], subscriptions))
+            print(table(["subscription", "partition", "offset", "behind", "connected"], subscriptions))
         }
     }
 }
@@ -248,8 +248,8 @@ fn partition_json((place, state): (&drava_protocol::message::PartitionPlace, &Pa
         "stored_bytes": state.stored_bytes,
         "subscriptions": state.subscriptions.iter().map(|subscription| json!({
             "name": subscription.name,
-            "cursor": subscription.cursor,
-            "attached": subscription.attached,
+            "offset": subscription.offset,
+            "connected": subscription.connected,
         })).collect::<Vec<_>>(),
     })
 }
