@@ -65,7 +65,8 @@ enum Format {
 
 impl ConsumeCommand {
     pub fn run(self) -> Result<(), Failure> {
-        let stdout = io::stdout().as_fd().try_clone_to_owned().map_err(|error| Failure::io("standard output", &error))?;
+        let stdout =
+            io::stdout().as_fd().try_clone_to_owned().map_err(|error| Failure::io("standard output", &error))?;
         let writer = Writer {
             // Not `Stdout`, which looks for the last line end in every buffer.
             out: File::from(stdout),

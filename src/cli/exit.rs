@@ -3,7 +3,9 @@
 use std::error::Error;
 use std::fmt;
 
-use drava_client::{CallError, ConnectError, ErrorCode, OpenProducerError, ReadError, SendError, SubscribeError, TopicError};
+use drava_client::{
+    CallError, ConnectError, ErrorCode, OpenProducerError, ReadError, SendError, SubscribeError, TopicError,
+};
 
 macro_rules! exits {
     ($($(#[doc = $doc:literal])+ $name:ident = $number:literal,)*) => {
@@ -51,7 +53,8 @@ exits! {
 
 /// The exit codes as text, for the end of `--help`.
 pub(super) fn table() -> String {
-    let rows: Vec<String> = Exit::ALL.iter().map(|exit| format!("  {:>2}  {}", exit.number(), exit.meaning())).collect();
+    let rows: Vec<String> =
+        Exit::ALL.iter().map(|exit| format!("  {:>2}  {}", exit.number(), exit.meaning())).collect();
     format!("Exit codes:\n{}", rows.join("\n"))
 }
 
@@ -81,7 +84,9 @@ impl Failure {
     fn of(exit: Exit, error: &dyn Error) -> Failure {
         let mut text = with_sources(error);
         if exit == Exit::CannotConnect {
-            text.push_str("\nIs a node running there? `drava node` starts one; --server or DRAVA_SERVER names another.");
+            text.push_str(
+                "\nIs a node running there? `drava node` starts one; --server or DRAVA_SERVER names another.",
+            );
         }
         Failure { exit, text }
     }
@@ -139,9 +144,10 @@ fn exit_of_connect(error: &ConnectError) -> Exit {
     match error {
         ConnectError::Address(_) | ConnectError::TooLong { .. } => Exit::Usage,
         ConnectError::Refused(refusal) => of_code(refusal.code),
-        ConnectError::Connect { .. } | ConnectError::Handshake(_) | ConnectError::TimedOut { .. } | ConnectError::Session(_) => {
-            Exit::CannotConnect
-        }
+        ConnectError::Connect { .. }
+        | ConnectError::Handshake(_)
+        | ConnectError::TimedOut { .. }
+        | ConnectError::Session(_) => Exit::CannotConnect,
     }
 }
 
@@ -194,7 +200,9 @@ impl From<SendError> for Failure {
             SendError::Refused(refusal) => of_code(refusal.code),
             SendError::Owner(error) => exit_of_topic(error),
             SendError::TimedOut { .. } => Exit::CannotConnect,
-            SendError::TooLarge { .. } | SendError::Headers | SendError::SequenceGap(_) | SendError::Closed => Exit::Failed,
+            SendError::TooLarge { .. } | SendError::Headers | SendError::SequenceGap(_) | SendError::Closed => {
+                Exit::Failed
+            }
         };
         Failure::of(exit, &error)
     }

@@ -37,7 +37,9 @@ impl LogCommand {
                     }
                 }
                 match out.flush() {
-                    Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure::io("standard output", &error)),
+                    Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                        Err(Failure::io("standard output", &error))
+                    }
                     Ok(()) | Err(_) => Ok(()),
                 }
             }

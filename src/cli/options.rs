@@ -33,7 +33,7 @@ fn argument(spec: &OptionSpec) -> Arg {
         .long(spec.flag())
         .value_name("VALUE")
         .help(format!("{} [{}; env: {}]", spec.doc, spec.limits(), spec.env()))
-        .help_heading(heading.to_owned())
+        .help_heading(heading)
 }
 
 impl Args for ConfigOptions {

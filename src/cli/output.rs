@@ -22,9 +22,9 @@ pub enum Output {
 pub fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> Table {
     let mut table = Table::new();
     if io::stdout().is_terminal() {
-        table.load_preset(UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
+        table.load_style(UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
     } else {
-        table.load_preset(NOTHING);
+        table.load_style(NOTHING);
     }
     table.set_header(header);
     for row in rows {

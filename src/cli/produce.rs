@@ -190,7 +190,9 @@ impl ProduceCommand {
             return ProgressBar::hidden();
         }
         let (bar, template) = match input_bytes {
-            Some(bytes) => (ProgressBar::new(bytes), "{bar:40} {bytes} of {total_bytes}, {binary_bytes_per_sec}, {eta} left"),
+            Some(bytes) => {
+                (ProgressBar::new(bytes), "{bar:40} {bytes} of {total_bytes}, {binary_bytes_per_sec}, {eta} left")
+            }
             None => (ProgressBar::new_spinner(), "{spinner} {bytes}, {binary_bytes_per_sec}"),
         };
         bar.with_style(ProgressStyle::with_template(template).expect("the template is right"))
@@ -288,7 +290,6 @@ fn read_blocks(mut input: impl Read, delimiter: &[u8], blocks: &mpsc::Sender<io:
         }
     }
 }
-
 
 #[cfg(test)]
 mod tests {

@@ -176,17 +176,22 @@ async fn describe(client: &Client, target: &Target) -> Result<(), Failure> {
                 ]
             });
             print(table(["partition", "node", "shard", "port", "first", "end", "stored", "ledgers"], rows))?;
-            let subscriptions: Vec<_> = topic.partitions.iter().zip(&states).flat_map(|(place, state)| {
-                state.subscriptions.iter().map(|subscription| {
-                    [
-                        subscription.name.clone(),
-                        place.index.to_string(),
-                        subscription.offset.to_string(),
-                        state.end_offset.saturating_sub(subscription.offset).to_string(),
-                        if subscription.connected { "yes" } else { "no" }.to_owned(),
-                    ]
+            let subscriptions: Vec<_> = topic
+                .partitions
+                .iter()
+                .zip(&states)
+                .flat_map(|(place, state)| {
+                    state.subscriptions.iter().map(|subscription| {
+                        [
+                            subscription.name.clone(),
+                            place.index.to_string(),
+                            subscription.offset.to_string(),
+                            state.end_offset.saturating_sub(subscription.offset).to_string(),
+                            if subscription.connected { "yes" } else { "no" }.to_owned(),
+                        ]
+                    })
                 })
-            }).collect();
+                .collect();
             if subscriptions.is_empty() {
                 return Ok(());
             }
