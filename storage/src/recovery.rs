@@ -216,14 +216,18 @@ pub(crate) async fn replay<I: Io>(
         if sealed && replayed.blocks == 0 && problem == Misfit::Nothing {
             break;
         }
-        // A segment ends where the next one goes on.
-        if let Some(&next) = order.get(at + 1) {
+        // A segment ends where another goes on: the next, unless that was made ready and never used.
+        let mut moved = false;
+        for (index, &next) in order.iter().enumerate().skip(at + 1) {
             let mut next_reader = Reader::<I::File>::open(segments, next, shard)?;
             let fits = next_reader.block(segment::HEADER_BYTES, &mut block).await?.and_then(|()| chain.fits(&block));
             if fits.is_ok() {
-                (at, position, reader) = (at + 1, segment::HEADER_BYTES, next_reader);
-                continue;
+                (at, position, reader, moved) = (index, segment::HEADER_BYTES, next_reader, true);
+                break;
             }
+        }
+        if moved {
+            continue;
         }
         let later = find_later(segments, &order, at, position, &chain, shard, &mut reader).await?;
         let Some(later) = later else {

@@ -133,7 +133,11 @@ pub enum FlushError {
     Write { segment: u32, position: u64, message: String },
     #[error("the index does not take what is durable: {0}")]
     Index(String),
-    #[error("the journal was stopped by an earlier failure")]
+    #[error("{bytes} bytes are too many for one block; at most {limit_bytes} fit")]
+    TooLarge { bytes: u64, limit_bytes: u64 },
+    #[error("the disk has no room above its reserve")]
+    Full,
+    #[error("the journal is closed")]
     Stopped,
 }
 
