@@ -8,6 +8,7 @@
 pub mod driver;
 pub mod handle;
 pub mod meta_disk;
+pub mod http;
 pub mod request;
 mod shards;
 #[cfg(test)]
