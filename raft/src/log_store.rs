@@ -1,7 +1,7 @@
 //! The raft log: in memory to be read, on disk to be kept.
 //!
 //! 1. openraft appends entries; they join the log in memory, readable at once, and their records join a queue.
-//! 2. One flusher task takes all that is queued, appends it to the disk in one durable write, and only then calls back.
+//! 2. One flusher task takes what is queued, appends it to the disk in one durable write, and only then calls back.
 //!    What comes meanwhile is the next write.
 //! 3. Votes and truncations wait for their write; commits and purges do not: losing one only repeats work.
 //! 4. A purge writes a checkpoint: what the forgotten records said besides entries. When that is durable, the disk may
@@ -26,6 +26,9 @@ use crate::disk::{MetaDisk, Position};
 use crate::record::{Record, RecordError};
 use crate::types::{Entry, IoFlushed, LogId, LogState, TypeConfig, Vote};
 
+/// A write takes no more records once it has this many bytes. The disk below has blocks of some size.
+const WRITE_BYTES_MAX: usize = 256 * 1024;
+
 /// Clones are the same log.
 #[derive(Clone)]
 pub struct LogStore(Rc<Log>);
@@ -35,13 +38,8 @@ pub struct LogStore(Rc<Log>);
 pub enum ReplayError {
     #[error("read the metadata log: {0}")]
     Read(#[from] io::Error),
-    #[error("record {number} of the metadata log, at {position:?}")]
-    Record {
-        number: usize,
-        position: Position,
-        #[source]
-        source: RecordError,
-    },
+    #[error("record {number} of the metadata log, at {position:?}: {reason}")]
+    Record { number: usize, position: Position, reason: RecordError },
     #[error("record {number} of the metadata log is entry {found}, where {expected} was expected")]
     Gap { number: usize, expected: u64, found: u64 },
     #[error("the metadata log begins with entry {found}, and was purged up to {purged}: entries between are missing")]
@@ -116,7 +114,7 @@ impl LogStore {
         let mut mirror = Mirror::default();
         let writer = Rc::new(Writer::default());
         for (number, (position, bytes)) in disk.replay().await?.into_iter().enumerate() {
-            let record = Record::decode(&bytes).map_err(|source| ReplayError::Record { number, position, source })?;
+            let record = Record::decode(&bytes).map_err(|reason| ReplayError::Record { number, position, reason })?;
             if let Record::Entry(entry) = &record {
                 writer.lies_at(entry.index(), position);
             }
@@ -266,7 +264,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 /// What waits to be written, and where the entries lie that are.
 #[derive(Default)]
 struct Writer {
-    queue: RefCell<Vec<Queued>>,
+    queue: RefCell<VecDeque<Queued>>,
     wake: Notify,
     closed: Cell<bool>,
     failed: RefCell<Option<String>>,
@@ -297,9 +295,22 @@ impl Writer {
         if self.closed.get() {
             return Err(io::Error::other("the metadata log is closed"));
         }
-        self.queue.borrow_mut().push(queued);
+        self.queue.borrow_mut().push_back(queued);
         self.wake.notify();
         Ok(())
+    }
+
+    /// What the next write is to hold.
+    fn take(&self) -> Vec<Queued> {
+        let mut queue = self.queue.borrow_mut();
+        let mut bytes = 0;
+        let count = queue.iter().take_while(|queued| {
+            let fits = bytes < WRITE_BYTES_MAX;
+            bytes += queued.bytes.len();
+            fits
+        });
+        let count = count.count();
+        queue.drain(..count).collect()
     }
 
     fn close(&self) {
@@ -331,7 +342,7 @@ impl Writer {
 
 async fn flush(writer: Rc<Writer>, disk: Rc<dyn MetaDisk>) {
     loop {
-        let mut queued = writer.queue.take();
+        let mut queued = writer.take();
         if queued.is_empty() {
             if writer.closed.get() {
                 return;

@@ -64,7 +64,7 @@ impl Shard {
         }
     }
 
-    pub fn locate(self: &Rc<Self>, index: u32, responder: Responder, correlation: u64, place: Place) {
+    pub(super) fn locate(self: &Rc<Self>, index: u32, responder: Responder, correlation: u64, place: Place) {
         let Some(slot) = self.slot(index) else { return self.answer_gone(&responder, correlation) };
         let shard = self.clone();
         drava_runtime::spawn(async move {
@@ -79,7 +79,7 @@ impl Shard {
         });
     }
 
-    pub fn fetch(self: &Rc<Self>, index: u32, responder: Responder, correlation: u64, fetch: Fetch) {
+    pub(super) fn fetch(self: &Rc<Self>, index: u32, responder: Responder, correlation: u64, fetch: Fetch) {
         let Some(slot) = self.slot(index) else { return self.answer_gone(&responder, correlation) };
         let span = self.store.span(slot);
         if fetch.offset < span.start_offset || span.end_offset < fetch.offset {
@@ -159,7 +159,7 @@ impl Shard {
         .await
     }
 
-    pub fn subscribe(self: &Rc<Self>, index: u32, connection: &Rc<Connection>, correlation: u64, request: Subscribe) {
+    pub(super) fn subscribe(self: &Rc<Self>, index: u32, connection: &Rc<Connection>, correlation: u64, request: Subscribe) {
         let shard = self.clone();
         let connection = connection.clone();
         let responder = Responder::Local(connection.clone());
@@ -178,6 +178,10 @@ impl Shard {
     fn attach(self: &Rc<Self>, index: u32, connection: &Rc<Connection>, correlation: u64, request: &Subscribe, start: u64) {
         let responder = Responder::Local(connection.clone());
         let key = ConsumerKey { connection: connection.id, consumer: request.consumer };
+        if connection.is_gone() {
+            // It broke while the start was looked up: a consumer that nobody is would keep everybody else out.
+            return;
+        }
         if connection.consumer(request.consumer).is_some() {
             let text = format!("consumer {} is in use on this connection", request.consumer);
             return self.answer_error(&responder, correlation, ErrorCode::InvalidArgument, 0, &text);
@@ -225,7 +229,7 @@ impl Shard {
         drava_runtime::spawn(deliver(self.clone(), connection.clone(), consumer, offset));
     }
 
-    pub fn flow(&self, connection: &Connection, consumer: u32, bytes: u32) {
+    pub(super) fn flow(&self, connection: &Connection, consumer: u32, bytes: u32) {
         if let Some(consumer) = connection.consumer(consumer) {
             consumer.credit_bytes.set(consumer.credit_bytes.get().saturating_add(i64::from(bytes)));
             consumer.wake();
@@ -233,7 +237,7 @@ impl Shard {
     }
 
     /// Moves a cursor. With a correlation it is answered when the cursor is durable; without, the cursor is saved soon.
-    pub fn ack(&self, connection: &Rc<Connection>, correlation: u64, consumer: u32, offset: u64) {
+    pub(super) fn ack(&self, connection: &Rc<Connection>, correlation: u64, consumer: u32, offset: u64) {
         let responder = Responder::Local(connection.clone());
         let fail = |error: &AckError| {
             let code = match error {
@@ -276,7 +280,7 @@ impl Shard {
         }
     }
 
-    pub fn seek(self: &Rc<Self>, connection: &Rc<Connection>, correlation: u64, consumer: u32, place: Place) {
+    pub(super) fn seek(self: &Rc<Self>, connection: &Rc<Connection>, correlation: u64, consumer: u32, place: Place) {
         let responder = Responder::Local(connection.clone());
         let Some(consumer) = connection.consumer(consumer) else {
             let text = AckError::Unknown.to_string();
@@ -312,14 +316,14 @@ impl Shard {
         });
     }
 
-    pub fn close_consumer_of(&self, connection: &Rc<Connection>, correlation: u64, consumer: u32) {
+    pub(super) fn close_consumer_of(&self, connection: &Rc<Connection>, correlation: u64, consumer: u32) {
         if let Some(consumer) = connection.remove_consumer(consumer) {
             self.detach(connection, &consumer);
         }
         connection.answer(correlation, &Done {});
     }
 
-    pub fn delete_subscription(&self, index: u32, responder: Responder, correlation: u64, subscription: &str) {
+    pub(super) fn delete_subscription(&self, index: u32, responder: Responder, correlation: u64, subscription: &str) {
         let mut hosted = self.hosted.borrow_mut();
         let hosted = hosted[index as usize].as_mut().expect("the index of a hosted partition");
         if !hosted.partition.subscriptions.delete(subscription) {
@@ -336,7 +340,7 @@ impl Shard {
     }
 
     /// The consumer ends; its subscription stays for the next.
-    pub fn detach(&self, connection: &Connection, consumer: &Consumer) {
+    pub(super) fn detach(&self, connection: &Connection, consumer: &Consumer) {
         consumer.close();
         if let Some(hosted) = self.hosted.borrow_mut()[consumer.partition as usize].as_mut() {
             hosted.partition.subscriptions.detach(&consumer.subscription, consumer.key);
@@ -455,7 +459,7 @@ impl Shard {
     }
 
     /// Stages every cursor that moved.
-    pub fn save_cursors(&self) {
+    pub(super) fn save_cursors(&self) {
         self.cursor_saver.dirty.set(false);
         for hosted in self.hosted.borrow_mut().iter_mut().flatten() {
             if !std::mem::take(&mut hosted.dirty_cursors) {
@@ -482,7 +486,7 @@ impl Shard {
     }
 
     /// Runs for the life of the shard.
-    pub async fn save_cursors_as_they_move(self: Rc<Self>) {
+    pub(super) async fn save_cursors_as_they_move(self: Rc<Self>) {
         loop {
             self.cursor_saver.wake.notified().await;
             // The timer trails: whatever moves within it is saved with it, and the last move of a burst is saved too.

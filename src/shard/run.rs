@@ -231,7 +231,8 @@ impl Shard {
             }
         }
         // Recovered and in no image: deleted before the store was told.
-        for (id, _) in std::mem::take(&mut *self.recovered.borrow_mut()) {
+        let left_over = std::mem::take(&mut *self.recovered.borrow_mut());
+        for id in left_over.into_keys() {
             let slot = self.store.open_partition(id, PartitionLimits::default());
             tracing::info!(shard = %self.id, partition = %id, "deleting what is left of a deleted partition");
             if let Err(error) = self.store.delete_partition(slot).await {

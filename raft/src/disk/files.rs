@@ -1,4 +1,5 @@
-//! A disk of plain files, for tests and tools: its calls block the executor for the length of a sync.
+//! A disk of plain files. Its calls block the executor for the length of a sync, which only a core that serves no data
+//! can afford.
 //!
 //! `log-<number>` are segments of records, each `[length u32][CRC32C u32][bytes]`; appends go to the last, and a trim
 //! removes whole ones. Every open begins a new segment. `snapshot` is the snapshot, `snapshot.new` one being written.
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 use futures_util::FutureExt;
 use futures_util::future::{LocalBoxFuture, ready};
 
-use super::{MetaDisk, Position};
+use super::{MetaDisk, Position, Records};
 
 const RECORD_HEADER_BYTES: usize = 8;
 
@@ -28,7 +29,7 @@ struct Segments {
     numbers: Vec<u64>,
     file: File,
     written: u64,
-    replay: Vec<(Position, Vec<u8>)>,
+    replay: Records,
 }
 
 impl FileDisk {
@@ -108,7 +109,7 @@ impl FileDisk {
 }
 
 impl MetaDisk for FileDisk {
-    fn replay(&self) -> LocalBoxFuture<'_, io::Result<Vec<(Position, Vec<u8>)>>> {
+    fn replay(&self) -> LocalBoxFuture<'_, io::Result<Records>> {
         ready(Ok(std::mem::take(&mut self.state.borrow_mut().replay))).boxed_local()
     }
 
@@ -147,12 +148,13 @@ fn new_segment(dir: &Path, number: u64) -> io::Result<File> {
     Ok(file)
 }
 
-fn read_segment(path: &Path, number: u64, last: bool, records: &mut Vec<(Position, Vec<u8>)>) -> io::Result<()> {
+fn read_segment(path: &Path, number: u64, last: bool, records: &mut Records) -> io::Result<()> {
     let bytes = fs::read(path)?;
     let mut at = 0;
     while at < bytes.len() {
         let Some((length, record)) = read_record(&bytes[at..]) else {
-            if !last {
+            // A torn write is the last that there is: with whole records behind it, it was damaged later.
+            if !last || (at + 1..bytes.len()).any(|later| read_record(&bytes[later..]).is_some()) {
                 return Err(invalid(format!("{} is damaged at byte {at}", path.display())));
             }
             // An append that never returned. It goes, so that the segment is whole when it is no longer the last.
@@ -169,6 +171,63 @@ fn read_segment(path: &Path, number: u64, last: bool, records: &mut Vec<(Positio
 fn read_record(bytes: &[u8]) -> Option<(usize, &[u8])> {
     let number = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
     let end = RECORD_HEADER_BYTES.checked_add(number(0)? as usize)?;
-    let record = bytes.get(RECORD_HEADER_BYTES..end)?;
+    // No record is empty, or zeros would be records.
+    let record = bytes.get(RECORD_HEADER_BYTES..end).filter(|record| !record.is_empty())?;
     (number(4)? == crc32c::crc32c(record)).then_some((end, record))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn records(disk: &FileDisk) -> Vec<Vec<u8>> {
+        disk.state.borrow().replay.iter().map(|(_, record)| record.clone()).collect()
+    }
+
+    /// Three records in one segment, whose path is returned.
+    fn three(dir: &Path) -> PathBuf {
+        let disk = FileDisk::open(dir, 1000).unwrap();
+        disk.append_now(&[b"one".to_vec(), b"two".to_vec()]).unwrap();
+        disk.append_now(&[b"three".to_vec()]).unwrap();
+        segment_path(dir, 0)
+    }
+
+    #[test]
+    fn a_torn_end_is_cut_off_wherever_it_is_torn() {
+        for cut in 22..35 {
+            let dir = tempfile::tempdir().unwrap();
+            let path = three(dir.path());
+            OpenOptions::new().write(true).open(path).unwrap().set_len(cut).unwrap();
+            let disk = FileDisk::open(dir.path(), 1000).unwrap();
+            assert_eq!(records(&disk), [b"one", b"two"], "cut at {cut}");
+            disk.append_now(&[b"four".to_vec()]).unwrap();
+            let found = records(&FileDisk::open(dir.path(), 1000).unwrap());
+            assert_eq!(found, [&b"one"[..], b"two", b"four"]);
+        }
+    }
+
+    #[test]
+    fn damage_before_whole_records_is_an_error() {
+        for at in 0..22 {
+            let dir = tempfile::tempdir().unwrap();
+            let path = three(dir.path());
+            let mut bytes = fs::read(&path).unwrap();
+            bytes[at] ^= 1;
+            fs::write(&path, bytes).unwrap();
+            let error = FileDisk::open(dir.path(), 1000).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData, "byte {at}");
+        }
+    }
+
+    #[test]
+    fn a_trim_removes_whole_segments_below() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = FileDisk::open(dir.path(), 10).unwrap();
+        let positions: Vec<Position> =
+            (0..5u8).map(|number| disk.append_now(&[vec![number + 1; 10]]).unwrap()).collect();
+        assert!(positions.is_sorted_by(|a, b| a < b));
+        disk.trim_now(positions[3]).unwrap();
+        let found = records(&FileDisk::open(dir.path(), 10).unwrap());
+        assert_eq!(found, [vec![4; 10], vec![5; 10]]);
+    }
 }

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use futures_util::FutureExt;
 use futures_util::future::{LocalBoxFuture, ready};
 
-use super::{MetaDisk, Position};
+use super::{MetaDisk, Position, Records};
 
 #[derive(Clone, Debug, Default)]
 pub struct MemoryDisk(Rc<RefCell<Inner>>);
@@ -76,7 +76,7 @@ impl MemoryDisk {
 }
 
 impl MetaDisk for MemoryDisk {
-    fn replay(&self) -> LocalBoxFuture<'_, io::Result<Vec<(Position, Vec<u8>)>>> {
+    fn replay(&self) -> LocalBoxFuture<'_, io::Result<Records>> {
         let records = self.content().records;
         ready(Ok(records.into_iter().map(|(number, record)| (Position(0, number), record)).collect())).boxed_local()
     }

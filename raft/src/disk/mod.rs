@@ -16,9 +16,12 @@ pub use memory::{Content, MemoryDisk};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Position(pub u64, pub u64);
 
+/// Records with their positions, in their order.
+pub type Records = Vec<(Position, Vec<u8>)>;
+
 pub trait MetaDisk {
     /// All records that are kept, in the order of their appends. Called once, before anything else.
-    fn replay(&self) -> LocalBoxFuture<'_, io::Result<Vec<(Position, Vec<u8>)>>>;
+    fn replay(&self) -> LocalBoxFuture<'_, io::Result<Records>>;
 
     /// Appends records; they are durable, all of them, when it returns. The position is that of the first, or a lower
     /// one. After an error nothing more may be appended: what was written is unknown.
