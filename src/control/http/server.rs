@@ -113,6 +113,9 @@ pub struct HttpServer {
 
 impl HttpServer {
     /// Binds `config.listen`. To be called on the executor that will serve.
+    ///
+    /// The executor's listeners share their port with any other that asks for that: whether another process listens
+    /// there is the boot's to find out (`node::ports`).
     pub fn bind(config: HttpConfig) -> Result<HttpServer, BindError> {
         let address = config.listen;
         let fail = |source| BindError { address, source };
