@@ -233,7 +233,7 @@ impl<'a> RecordHeaders<'a> {
     }
 
     /// Names and values in the order in which the producer gave them.
-    pub fn iter(&self) -> impl Iterator<Item = (&'a str, &'a [u8])> + use<'a> {
+    pub fn iter(&self) -> impl Iterator<Item = NameAndValue<'a>> + use<'a> {
         let mut rest = self.bytes;
         (0..self.count).map_while(move |_| {
             let (pair, after) = record_header(rest)?;
@@ -243,7 +243,11 @@ impl<'a> RecordHeaders<'a> {
     }
 }
 
-fn record_header(bytes: &[u8]) -> Option<((&str, &[u8]), &[u8])> {
+/// Of a record's header.
+pub type NameAndValue<'a> = (&'a str, &'a [u8]);
+
+/// The header at the start of `bytes`, and what follows it.
+fn record_header(bytes: &[u8]) -> Option<(NameAndValue<'_>, &[u8])> {
     let (lengths, rest) = bytes.split_first_chunk::<6>()?;
     let name_bytes = u16::from_le_bytes([lengths[0], lengths[1]]) as usize;
     let value_bytes = u32::from_le_bytes([lengths[2], lengths[3], lengths[4], lengths[5]]) as usize;

@@ -18,5 +18,8 @@ pub mod id;
 pub mod message;
 pub mod topic;
 
+#[cfg(test)]
+mod readme;
+
 pub use error::{ErrorCode, Retry};
 pub use id::{EntryId, LedgerId, MessageOffset, NodeId, PartitionId, ProducerId, ShardId, Term, TopicId};

@@ -13,7 +13,7 @@ pub const TOPICS_MAX: u32 = 1000;
 /// Partitions of one topic.
 pub const PARTITIONS_MAX: u32 = 1024;
 /// Subscriptions of one partition.
-pub const SUBSCRIPTIONS_MAX: u32 = 1024;
+pub const SUBSCRIPTIONS_MAX: u32 = 1000;
 pub const SUBSCRIPTION_NAME_BYTES_MAX: usize = 128;
 /// A host name in a [`PartitionPlace`], as DNS allows.
 pub const HOST_BYTES_MAX: usize = 255;
@@ -269,7 +269,7 @@ bodies! {
         features: u64,
     }
     Error {
-        /// See [`crate::ErrorCode`].
+        /// The number of an `ErrorCode`; unknown ones mean `Internal`.
         code: u16,
         /// Pause before trying again, in ms; 0 where trying again is no use or needs no pause.
         retry_after_ms: u32,

@@ -1,5 +1,6 @@
 //! Topic names: `/tenant/namespace…/name`.
 
+use std::borrow::Borrow;
 use std::fmt;
 use std::sync::Arc;
 
@@ -68,8 +69,62 @@ impl TopicName {
     }
 }
 
+/// So that a map by name is searched with what users typed: ordering and hash are those of the text.
+impl Borrow<str> for TopicName {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
 impl fmt::Display for TopicName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_bare_name_lives_in_the_default_namespace() {
+        let name = TopicName::parse("orders").unwrap();
+        assert_eq!((name.as_str(), name.short(), name.tenant()), ("/public/default/orders", "orders", "public"));
+        let full = TopicName::parse("/acme/shop/eu/orders").unwrap();
+        assert_eq!((full.short(), full.tenant()), ("/acme/shop/eu/orders", "acme"));
+    }
+
+    #[test]
+    fn names_that_are_none_are_refused() {
+        assert_eq!(TopicName::parse(""), Err(TopicNameError::Empty));
+        assert_eq!(TopicName::parse("/a/b"), Err(TopicNameError::TooFewParts("/a/b".into())));
+        let long = format!("/{}", "a/".repeat(NAME_BYTES_MAX));
+        assert_eq!(TopicName::parse(&long), Err(TopicNameError::TooLong(long.len())));
+        for bad in ["/", "//", "/a/b/", "/a//b", "a b", "..", "/a/../b", "é", "a\n", &"s".repeat(SEGMENT_BYTES_MAX + 1)]
+        {
+            assert!(matches!(TopicName::parse(bad), Err(TopicNameError::Part { .. })), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn an_error_shows_control_characters_as_such() {
+        let error = TopicName::parse("a\n\x1b[2J").unwrap_err().to_string();
+        assert!(!error.contains(char::is_control), "{error:?}");
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_refused_or_canonical(text in prop_oneof![".{0,300}", "/?([a-z._-]{0,4}/){0,5}[a-z.]{0,4}"]) {
+            if let Ok(name) = TopicName::parse(&text) {
+                prop_assert!(name.as_str().len() <= NAME_BYTES_MAX);
+                prop_assert!(3 <= name.as_str().split('/').skip(1).count());
+                prop_assert!(name.as_str().starts_with('/') && !name.as_str().contains("//"));
+                prop_assert!(!name.tenant().is_empty());
+                prop_assert_eq!(&TopicName::parse(name.as_str()), &Ok(name.clone()));
+                prop_assert_eq!(&TopicName::parse(name.short()), &Ok(name.clone()));
+            }
+        }
     }
 }

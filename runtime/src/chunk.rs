@@ -9,9 +9,8 @@ use std::fmt;
 use std::ops::{Deref, Range};
 use std::ptr::NonNull;
 use std::rc::{Rc, Weak};
-use std::task::Context;
 
-use crate::local::Broadcast;
+use crate::local::{Broadcast, Wait};
 
 /// Memory for receiving, bounded. Clones share it.
 #[derive(Clone, Debug)]
@@ -50,7 +49,7 @@ impl ChunkPool {
         self.0.bytes_lent.get()
     }
 
-    /// An empty chunk of the pool's size. `None`: the pool has lent all it may; see [`ChunkPool::poll_returned`].
+    /// An empty chunk of the pool's size. `None`: the pool has lent all it may; see [`ChunkPool::wait_returned`].
     pub fn take(&self) -> Option<Chunk> {
         self.take_sized(self.0.chunk_bytes)
     }
@@ -71,9 +70,9 @@ impl ChunkPool {
         Some(Chunk { memory: Rc::new(Memory { start, capacity, pool: Rc::downgrade(&self.0) }), filled: 0 })
     }
 
-    /// Registers `cx` to be woken when memory comes back.
-    pub fn poll_returned(&self, cx: &mut Context<'_>) {
-        drop(self.0.returned.poll_changed(self.0.returned.version(), cx));
+    /// A wait for memory to come back.
+    pub fn wait_returned(&self) -> Wait<'_> {
+        self.0.returned.wait()
     }
 }
 

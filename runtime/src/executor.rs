@@ -13,7 +13,7 @@ use glommio::{LocalExecutorBuilder, Placement};
 
 use crate::task::Guarded;
 
-/// The ticker's period while the executor has worked within [`IDLE_AFTER`].
+/// The ticker's period while the executor has worked within the last second.
 pub const TICK: Duration = Duration::from_millis(5);
 /// The ticker's period on an idle executor: bounds a stall and costs next to nothing.
 pub const TICK_IDLE: Duration = Duration::from_millis(50);

@@ -5,7 +5,7 @@
 //! - [`chunk`] has the receive buffers that are shared without a copy.
 //! - [`local`] has the channels between tasks of one executor: no lock, no atomic.
 //! - [`foreign`] has the channels between an executor and ordinary threads.
-//! - [`net`], [`file`], [`time`] and [`mesh`] are glommio's own.
+//! - [`net`], [`mod@file`], [`time`] and [`mesh`] are glommio's own.
 
 pub mod chunk;
 pub mod executor;

@@ -71,14 +71,14 @@ impl Waiters {
 
 /// One wait. It may be woken for nothing.
 #[derive(Debug)]
-pub(crate) struct Wait<'a> {
+pub struct Wait<'a> {
     waiters: &'a Waiters,
     place: Option<u64>,
 }
 
 impl Wait<'_> {
     /// Asks to be woken; a wait that enters again keeps its place.
-    pub(crate) fn enter(&mut self, cx: &mut Context<'_>) {
+    pub fn enter(&mut self, cx: &mut Context<'_>) {
         let next = &self.waiters.next;
         let place = *self.place.get_or_insert_with(|| next.replace(next.get() + 1));
         let replaced = self.waiters.wakers.borrow_mut().insert(place, cx.waker().clone());
@@ -86,7 +86,7 @@ impl Wait<'_> {
     }
 
     /// The wait is over and got what it waited for.
-    pub(crate) fn leave(&mut self) {
+    pub fn leave(&mut self) {
         if let Some(place) = self.place.take() {
             drop(self.remove(place));
         }
@@ -123,6 +123,11 @@ impl Broadcast {
     pub fn notify_all(&self) {
         self.version.set(self.version.get() + 1);
         self.waiters.wake_all();
+    }
+
+    /// A wait for the next [`Broadcast::notify_all`], for a task that waits for several things at once: look, then enter.
+    pub fn wait(&self) -> Wait<'_> {
+        self.waiters.wait()
     }
 
     /// Returns the version once it is no longer `seen`.

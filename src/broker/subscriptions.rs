@@ -6,9 +6,8 @@
 
 use std::collections::BTreeMap;
 
-/// Subscriptions of one partition.
-pub const SUBSCRIPTIONS_MAX: usize = 1000;
-pub const NAME_BYTES_MAX: usize = 128;
+use drava_protocol::message::{SUBSCRIPTION_NAME_BYTES_MAX as NAME_BYTES_MAX, SUBSCRIPTIONS_MAX};
+
 
 /// Who consumes: a connection of this shard, and the number that the client chose on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +69,7 @@ impl Subscriptions {
             let replaced = subscription.consumer.replace(consumer);
             return Ok(Attached { cursor: subscription.cursor, created: false, replaced });
         }
-        if self.by_name.len() == SUBSCRIPTIONS_MAX {
+        if self.by_name.len() == SUBSCRIPTIONS_MAX as usize {
             return Err(SubscribeError::TooMany);
         }
         self.by_name.insert(name.to_owned(), Subscription { cursor: start, dirty: true, consumer: Some(consumer) });

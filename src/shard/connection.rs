@@ -21,6 +21,7 @@ use drava_protocol::frame::{self, Decoded};
 use drava_protocol::message::{self, Kind, Message};
 use drava_protocol::{ErrorCode, frame::Frame};
 use drava_runtime::chunk::{Chunk, ChunkPool, Slice};
+use drava_runtime::local::Wait;
 use drava_runtime::net::TcpStream;
 use drava_storage::Run;
 use futures_lite::io::{AsyncRead, AsyncWrite};
@@ -224,6 +225,11 @@ impl Connection {
         self.wake();
     }
 
+    /// Nobody reads from it any more.
+    pub fn is_gone(&self) -> bool {
+        self.aborted.get()
+    }
+
     pub fn is_idle(&self) -> bool {
         self.in_flight.get() == 0 && self.out.borrow().bytes == 0
     }
@@ -376,11 +382,20 @@ impl Receiver {
     }
 }
 
+/// What the connection waits for beside its socket.
+struct Waits<'a> {
+    /// Staged bytes to become durable.
+    room: Wait<'a>,
+    /// Receive memory to come back.
+    memory: Wait<'a>,
+}
+
 /// Serves one connection until either side closes it.
 pub async fn serve(shard: Rc<Shard>, connection: Rc<Connection>, mut stream: TcpStream) {
     let mut receiver = Receiver::default();
+    let mut waits = Waits { room: shard.room.wait(), memory: shard.chunks.wait_returned() };
     loop {
-        match std::future::poll_fn(|cx| turn(&shard, &connection, &mut stream, &mut receiver, cx)).await {
+        match std::future::poll_fn(|cx| turn(&shard, &connection, &mut stream, &mut receiver, &mut waits, cx)).await {
             Ok(Turn::Received) => {}
             Ok(Turn::Closed) => break,
             Err(error) => {
@@ -391,6 +406,8 @@ pub async fn serve(shard: Rc<Shard>, connection: Rc<Connection>, mut stream: Tcp
         drava_runtime::executor::mark_active();
         shard.set_clock();
         parse(&shard, &connection, &mut receiver);
+        // A client that sends without a pause does not keep the others waiting.
+        drava_runtime::yield_if_needed().await;
     }
     let consumers: Vec<_> = connection.consumers.take().into_values().collect();
     for consumer in consumers {
@@ -408,6 +425,7 @@ fn turn(
     connection: &Connection,
     stream: &mut TcpStream,
     receiver: &mut Receiver,
+    waits: &mut Waits<'_>,
     cx: &mut Context<'_>,
 ) -> Poll<io::Result<Turn>> {
     if connection.aborted.get() {
@@ -422,7 +440,7 @@ fn turn(
         return Poll::Pending;
     }
     // Frames that were left over while the connection had no room are taken up before more is read.
-    if may_take(shard, connection, cx) {
+    if may_take(shard, connection, waits, cx) {
         if receiver.unparsed() != 0 && receiver.frame_bytes == 0 {
             return Poll::Ready(Ok(Turn::Received));
         }
@@ -444,7 +462,7 @@ fn turn(
                 }
             }
         } else {
-            shard.chunks.poll_returned(cx);
+            waits.memory.enter(cx);
         }
     }
     register(connection, cx);
@@ -459,14 +477,14 @@ fn register(connection: &Connection, cx: &mut Context<'_>) {
 }
 
 /// Whether another request may be taken now; if the shard has no room, `cx` is woken when it has.
-fn may_take(shard: &Shard, connection: &Connection, cx: &mut Context<'_>) -> bool {
+fn may_take(shard: &Shard, connection: &Connection, waits: &mut Waits<'_>, cx: &mut Context<'_>) -> bool {
     if shard.limits.in_flight_max <= connection.in_flight.get() || !connection.has_room() {
         return false;
     }
     if shard.has_room() {
         return true;
     }
-    drop(shard.room.poll_changed(shard.room.version(), cx));
+    waits.room.enter(cx);
     false
 }
 

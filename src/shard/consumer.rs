@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use drava_protocol::ErrorCode;
 use drava_protocol::message::{Deliver, Done, Fetched, Located, Place, Subscribe, Subscribed};
-use drava_runtime::local::Notify;
+use drava_runtime::local::{Broadcast, Notify};
 use drava_runtime::time::Timer;
 use drava_storage::{AppendError, Cached, PartitionSlot, ReadError, Run};
 
@@ -64,7 +64,7 @@ impl Shard {
         }
     }
 
-    pub fn locate(self: &Rc<Self>, index: u32, responder: Responder, correlation: u64, place: Place) {
+    pub(super) fn locate(self: &Rc<Self>, index: u32, responder: Responder, correlation: u64, place: Place) {
         let Some(slot) = self.slot(index) else { return self.answer_gone(&responder, correlation) };
         let shard = self.clone();
         drava_runtime::spawn(async move {
@@ -79,7 +79,7 @@ impl Shard {
         });
     }
 
-    pub fn fetch(self: &Rc<Self>, index: u32, responder: Responder, correlation: u64, fetch: Fetch) {
+    pub(super) fn fetch(self: &Rc<Self>, index: u32, responder: Responder, correlation: u64, fetch: Fetch) {
         let Some(slot) = self.slot(index) else { return self.answer_gone(&responder, correlation) };
         let span = self.store.span(slot);
         if fetch.offset < span.start_offset || span.end_offset < fetch.offset {
@@ -130,6 +130,10 @@ impl Shard {
         self.answer_with(responder, correlation, &fetched, runs);
     }
 
+    fn readers(&self, index: u32) -> Option<Rc<Broadcast>> {
+        self.hosted.borrow()[index as usize].as_ref().map(|hosted| hosted.readers.clone())
+    }
+
     fn answer_gone(&self, responder: &Responder, correlation: u64) {
         self.answer_error(responder, correlation, ErrorCode::UnknownPartition, 0, "the partition was deleted");
     }
@@ -142,20 +146,20 @@ impl Shard {
     /// Returns when the partition's end is past `offset`, after `wait`, or when the partition is gone.
     async fn wait_for_messages(&self, index: u32, slot: PartitionSlot, offset: u64, wait: Duration) {
         let mut timer = Timer::new(wait);
+        let Some(readers) = self.readers(index) else { return };
+        let mut changed = readers.wait();
         std::future::poll_fn(|cx| {
-            let hosted = self.hosted.borrow();
-            let Some(hosted) = hosted[index as usize].as_ref() else { return Poll::Ready(()) };
-            if offset < self.store.span(slot).end_offset || self.draining.get() {
+            let gone = self.hosted.borrow()[index as usize].is_none();
+            if gone || offset < self.store.span(slot).end_offset || self.draining.get() {
                 return Poll::Ready(());
             }
-            // Registered under the version seen now: a flush after this wakes.
-            drop(hosted.readers.poll_changed(hosted.readers.version(), cx));
+            changed.enter(cx);
             std::pin::Pin::new(&mut timer).poll(cx).map(drop)
         })
         .await
     }
 
-    pub fn subscribe(self: &Rc<Self>, index: u32, connection: &Rc<Connection>, correlation: u64, request: Subscribe) {
+    pub(super) fn subscribe(self: &Rc<Self>, index: u32, connection: &Rc<Connection>, correlation: u64, request: Subscribe) {
         let shard = self.clone();
         let connection = connection.clone();
         let responder = Responder::Local(connection.clone());
@@ -174,6 +178,10 @@ impl Shard {
     fn attach(self: &Rc<Self>, index: u32, connection: &Rc<Connection>, correlation: u64, request: &Subscribe, start: u64) {
         let responder = Responder::Local(connection.clone());
         let key = ConsumerKey { connection: connection.id, consumer: request.consumer };
+        if connection.is_gone() {
+            // It broke while the start was looked up: a consumer that nobody is would keep everybody else out.
+            return;
+        }
         if connection.consumer(request.consumer).is_some() {
             let text = format!("consumer {} is in use on this connection", request.consumer);
             return self.answer_error(&responder, correlation, ErrorCode::InvalidArgument, 0, &text);
@@ -221,7 +229,7 @@ impl Shard {
         drava_runtime::spawn(deliver(self.clone(), connection.clone(), consumer, offset));
     }
 
-    pub fn flow(&self, connection: &Connection, consumer: u32, bytes: u32) {
+    pub(super) fn flow(&self, connection: &Connection, consumer: u32, bytes: u32) {
         if let Some(consumer) = connection.consumer(consumer) {
             consumer.credit_bytes.set(consumer.credit_bytes.get().saturating_add(i64::from(bytes)));
             consumer.wake();
@@ -229,7 +237,7 @@ impl Shard {
     }
 
     /// Moves a cursor. With a correlation it is answered when the cursor is durable; without, the cursor is saved soon.
-    pub fn ack(&self, connection: &Rc<Connection>, correlation: u64, consumer: u32, offset: u64) {
+    pub(super) fn ack(&self, connection: &Rc<Connection>, correlation: u64, consumer: u32, offset: u64) {
         let responder = Responder::Local(connection.clone());
         let fail = |error: &AckError| {
             let code = match error {
@@ -272,7 +280,7 @@ impl Shard {
         }
     }
 
-    pub fn seek(self: &Rc<Self>, connection: &Rc<Connection>, correlation: u64, consumer: u32, place: Place) {
+    pub(super) fn seek(self: &Rc<Self>, connection: &Rc<Connection>, correlation: u64, consumer: u32, place: Place) {
         let responder = Responder::Local(connection.clone());
         let Some(consumer) = connection.consumer(consumer) else {
             let text = AckError::Unknown.to_string();
@@ -308,14 +316,14 @@ impl Shard {
         });
     }
 
-    pub fn close_consumer_of(&self, connection: &Rc<Connection>, correlation: u64, consumer: u32) {
+    pub(super) fn close_consumer_of(&self, connection: &Rc<Connection>, correlation: u64, consumer: u32) {
         if let Some(consumer) = connection.remove_consumer(consumer) {
             self.detach(connection, &consumer);
         }
         connection.answer(correlation, &Done {});
     }
 
-    pub fn delete_subscription(&self, index: u32, responder: Responder, correlation: u64, subscription: &str) {
+    pub(super) fn delete_subscription(&self, index: u32, responder: Responder, correlation: u64, subscription: &str) {
         let mut hosted = self.hosted.borrow_mut();
         let hosted = hosted[index as usize].as_mut().expect("the index of a hosted partition");
         if !hosted.partition.subscriptions.delete(subscription) {
@@ -332,7 +340,7 @@ impl Shard {
     }
 
     /// The consumer ends; its subscription stays for the next.
-    pub fn detach(&self, connection: &Connection, consumer: &Consumer) {
+    pub(super) fn detach(&self, connection: &Connection, consumer: &Consumer) {
         consumer.close();
         if let Some(hosted) = self.hosted.borrow_mut()[consumer.partition as usize].as_mut() {
             hosted.partition.subscriptions.detach(&consumer.subscription, consumer.key);
@@ -352,6 +360,8 @@ pub struct Fetch {
 /// Pushes to one consumer until it ends.
 async fn deliver(shard: Rc<Shard>, connection: Rc<Connection>, consumer: Rc<Consumer>, mut position: u64) {
     let mut runs: Vec<Run> = Vec::new();
+    let Some(readers) = shard.readers(consumer.partition) else { return };
+    let mut changed = readers.wait();
     loop {
         // Wait until the client has credit, the connection room, and the partition messages.
         let slot = std::future::poll_fn(|cx| {
@@ -371,7 +381,7 @@ async fn deliver(shard: Rc<Shard>, connection: Rc<Connection>, consumer: Rc<Cons
             {
                 return Poll::Ready(Some(hosted.slot));
             }
-            drop(hosted.readers.poll_changed(hosted.readers.version(), cx));
+            changed.enter(cx);
             if consumer.wake.poll_notified(cx).is_ready() {
                 cx.waker().wake_by_ref();
             }
@@ -449,7 +459,7 @@ impl Shard {
     }
 
     /// Stages every cursor that moved.
-    pub fn save_cursors(&self) {
+    pub(super) fn save_cursors(&self) {
         self.cursor_saver.dirty.set(false);
         for hosted in self.hosted.borrow_mut().iter_mut().flatten() {
             if !std::mem::take(&mut hosted.dirty_cursors) {
@@ -476,7 +486,7 @@ impl Shard {
     }
 
     /// Runs for the life of the shard.
-    pub async fn save_cursors_as_they_move(self: Rc<Self>) {
+    pub(super) async fn save_cursors_as_they_move(self: Rc<Self>) {
         loop {
             self.cursor_saver.wake.notified().await;
             // The timer trails: whatever moves within it is saved with it, and the last move of a burst is saved too.

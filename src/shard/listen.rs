@@ -19,14 +19,11 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Accepts until told to stop.
 pub async fn accept(shard: Rc<Shard>, listener: TcpListener, stop: Stop) {
     loop {
-        let accepted = std::future::poll_fn(|cx| {
-            if stop.poll_stopped(cx) {
-                return std::task::Poll::Ready(None);
-            }
-            listener.poll_accept(cx).map(Some)
-        })
-        .await;
-        match accepted {
+        let stopped = async {
+            stop.stopped().await;
+            None
+        };
+        match futures_lite::future::or(stopped, async { Some(listener.accept().await) }).await {
             None => return,
             Some(Ok(stream)) => shard.connected(stream),
             Some(Err(error)) => {

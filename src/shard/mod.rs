@@ -112,7 +112,8 @@ pub struct Shard {
 struct Hosted {
     partition: Partition,
     slot: PartitionSlot,
-    readers: Broadcast,
+    /// Changes when the end of the partition moved, and when it is deleted.
+    readers: Rc<Broadcast>,
     waiting: VecDeque<WaitingDuplicate>,
     touched: bool,
     dirty_producers: bool,

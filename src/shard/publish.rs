@@ -52,7 +52,7 @@ impl Token {
 
 impl Shard {
     /// Takes one batch for the hosted partition `index`.
-    pub fn publish(&self, index: u32, responder: Responder, correlation: u64, bytes: Slice) {
+    pub(super) fn publish(&self, index: u32, responder: Responder, correlation: u64, bytes: Slice) {
         let refuse = |responder: &Responder, code, retry_after_ms, text: &str| {
             self.counters.publish_errors.add(1);
             self.answer_error(responder, correlation, code, retry_after_ms, text);
@@ -65,6 +65,11 @@ impl Shard {
             Ok(header) => header,
             Err(error) => return refuse(&responder, error.code(), 0, &error.to_string()),
         };
+        // Unpacked, a batch is no larger than a frame may be: consumers allocate no more than that.
+        if self.limits.payload_bytes_max < header.records_bytes {
+            let error = batch::BatchError::TooLarge { said: header.records_bytes, limit: self.limits.payload_bytes_max };
+            return refuse(&responder, error.code(), 0, &error.to_string());
+        }
         let mut hosted = self.hosted.borrow_mut();
         let hosted = hosted[index as usize].as_mut().expect("the index of a hosted partition");
         let span = self.store.span(hosted.slot);
@@ -120,7 +125,7 @@ impl Shard {
     }
 
     /// Opens a producer under a new epoch; answered when the epoch is durable, so that the old one stays fenced.
-    pub fn open_producer(&self, index: u32, responder: Responder, correlation: u64, producer: u64) {
+    pub(super) fn open_producer(&self, index: u32, responder: Responder, correlation: u64, producer: u64) {
         if producer == 0 {
             let text = "a producer id is not 0";
             return self.answer_error(&responder, correlation, ErrorCode::InvalidArgument, 0, text);
@@ -146,7 +151,7 @@ impl Shard {
 
 impl Shard {
     /// The partition of a repeated batch was deleted before the first copy became durable.
-    pub fn answer_deleted(&self, waiting: &WaitingDuplicate) {
+    pub(super) fn answer_deleted(&self, waiting: &WaitingDuplicate) {
         let text = "the partition was deleted";
         self.answer_error(&waiting.responder, waiting.correlation, ErrorCode::UnknownPartition, 0, text);
     }
@@ -158,6 +163,7 @@ pub fn append_code(error: &AppendError) -> (ErrorCode, u32) {
         AppendError::ReadOnly => (ErrorCode::StorageFailed, 0),
         AppendError::Full => (ErrorCode::StorageFull, RETRY_AFTER_FULL_MS),
         AppendError::TooLarge { .. } => (ErrorCode::BatchTooLarge, 0),
+        AppendError::RowTooLarge { .. } => (ErrorCode::InvalidArgument, 0),
         AppendError::Deleted => (ErrorCode::UnknownPartition, 0),
     }
 }

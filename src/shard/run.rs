@@ -1,7 +1,6 @@
 //! The life of a shard: open the store, serve by the first image, obey the control core, drain.
 
 use std::collections::BTreeMap;
-use std::future::Future;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
@@ -50,7 +49,6 @@ pub struct ShardConfig {
     pub advertised_host: String,
     pub limits: Limits,
     pub store: StoreConfig,
-    pub index: Index,
     pub mesh: MeshEnds,
     pub commands: Inbox<ShardCommand>,
     pub control: InboxSender<ControlRequest>,
@@ -70,10 +68,10 @@ pub struct Started {
 }
 
 /// Runs a shard until it is drained. On the shard's executor.
-pub async fn run(config: ShardConfig) {
+pub async fn run(config: ShardConfig, index: Index) {
     let started = config.started.clone();
     let id = config.id;
-    let (store, recovered) = match Store::open(GlommioIo::new(), config.store.clone(), config.index.clone()).await {
+    let (store, recovered) = match Store::open(GlommioIo::new(), config.store.clone(), index).await {
         Ok(opened) => opened,
         Err(error) => {
             drop(started.send(Err(format!("shard {id}: {}", with_sources(&error)))));
@@ -233,7 +231,8 @@ impl Shard {
             }
         }
         // Recovered and in no image: deleted before the store was told.
-        for (id, _) in std::mem::take(&mut *self.recovered.borrow_mut()) {
+        let left_over = std::mem::take(&mut *self.recovered.borrow_mut());
+        for id in left_over.into_keys() {
             let slot = self.store.open_partition(id, PartitionLimits::default());
             tracing::info!(shard = %self.id, partition = %id, "deleting what is left of a deleted partition");
             if let Err(error) = self.store.delete_partition(slot).await {
@@ -292,7 +291,7 @@ impl Shard {
         hosted.push(Some(Box::new(Hosted {
             partition,
             slot,
-            readers: Broadcast::default(),
+            readers: Rc::default(),
             waiting: Default::default(),
             touched: false,
             dirty_producers: true,
