@@ -60,7 +60,11 @@ impl Chart {
         if points().next().is_none() {
             return Ok(String::new());
         }
-        let x = self.x_scale.range(points().map(|point| point.0));
+        let mut x = self.x_scale.range(points().map(|point| point.0));
+        if self.x_scale == Scale::Linear {
+            // Time ends where the run ended.
+            x.1 = points().map(|point| point.0).fold(0.0, f64::max);
+        }
         let y = self.y_scale.range(points().map(|point| point.1));
         let mut svg = String::new();
         self.draw_onto(&SVGBackend::with_string(&mut svg, SIZE).into_drawing_area(), &drawn, x, y)
