@@ -225,6 +225,11 @@ impl Connection {
         self.wake();
     }
 
+    /// Nobody reads from it any more.
+    pub fn is_gone(&self) -> bool {
+        self.aborted.get()
+    }
+
     pub fn is_idle(&self) -> bool {
         self.in_flight.get() == 0 && self.out.borrow().bytes == 0
     }
@@ -401,6 +406,8 @@ pub async fn serve(shard: Rc<Shard>, connection: Rc<Connection>, mut stream: Tcp
         drava_runtime::executor::mark_active();
         shard.set_clock();
         parse(&shard, &connection, &mut receiver);
+        // A client that sends without a pause does not keep the others waiting.
+        drava_runtime::yield_if_needed().await;
     }
     let consumers: Vec<_> = connection.consumers.take().into_values().collect();
     for consumer in consumers {

@@ -178,6 +178,10 @@ impl Shard {
     fn attach(self: &Rc<Self>, index: u32, connection: &Rc<Connection>, correlation: u64, request: &Subscribe, start: u64) {
         let responder = Responder::Local(connection.clone());
         let key = ConsumerKey { connection: connection.id, consumer: request.consumer };
+        if connection.is_gone() {
+            // It broke while the start was looked up: a consumer that nobody is would keep everybody else out.
+            return;
+        }
         if connection.consumer(request.consumer).is_some() {
             let text = format!("consumer {} is in use on this connection", request.consumer);
             return self.answer_error(&responder, correlation, ErrorCode::InvalidArgument, 0, &text);
