@@ -1,5 +1,6 @@
 //! Topic names: `/tenant/namespace…/name`.
 
+use std::borrow::Borrow;
 use std::fmt;
 use std::sync::Arc;
 
@@ -65,6 +66,13 @@ impl TopicName {
     /// The name as people write it: without `/public/default/` where that is its parent.
     pub fn short(&self) -> &str {
         self.0.strip_prefix(DEFAULT_PARENT).unwrap_or(&self.0)
+    }
+}
+
+/// So that a map by name is searched with what users typed: ordering and hash are those of the text.
+impl Borrow<str> for TopicName {
+    fn borrow(&self) -> &str {
+        &self.0
     }
 }
 

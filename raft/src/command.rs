@@ -43,13 +43,13 @@ pub enum Command {
     /// A node makes itself known: at each of its starts.
     RegisterNode(Registration),
     /// The failure detector's verdict on one life of a node.
-    MarkNode { node: u64, incarnation: u64, liveness: Liveness },
+    MarkNode { node: u64, incarnation: u128, liveness: Liveness },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registration {
     pub node: u64,
-    pub incarnation: u64,
+    pub incarnation: u128,
     pub host: String,
     pub shared_port: u16,
     /// By shard.
@@ -116,10 +116,10 @@ pub enum Rejected {
     )]
     ShardsInUse { node: NodeId, highest_shard: u16, shards: usize },
     #[error(
-        "node {node} is known with incarnation {known:016x} and owns partitions; this one has incarnation \
-         {offered:016x}: another data directory, or a new one"
+        "node {node} is known with incarnation {known:032x} and owns partitions; this one has incarnation \
+         {offered:032x}: another data directory, or a new one"
     )]
-    OtherIncarnation { node: NodeId, known: u64, offered: u64 },
+    OtherIncarnation { node: NodeId, known: u128, offered: u128 },
     #[error("there is no node {0}")]
     UnknownNode(NodeId),
 }

@@ -61,7 +61,7 @@ pub struct Node {
 
 /// Minted at random with a data directory: a node that comes back without its data is another one under the old id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Incarnation(pub u64);
+pub struct Incarnation(pub u128);
 
 /// Whether new partitions may be placed on a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

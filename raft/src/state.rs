@@ -313,7 +313,7 @@ mod tests {
     fn register(node: u64, shards: u16) -> Command {
         Command::RegisterNode(Registration {
             node,
-            incarnation: 7 + node,
+            incarnation: 7 + u128::from(node),
             host: String::new(),
             shared_port: 7400,
             shard_ports: (0..shards).map(|shard| 7401 + shard).collect(),

@@ -59,7 +59,7 @@ pub(crate) struct StoredState {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct StoredNode {
     pub id: u64,
-    pub incarnation: u64,
+    pub incarnation: u128,
     pub host: String,
     pub shared_port: u16,
     pub shard_ports: Vec<u16>,

@@ -69,7 +69,7 @@ impl Subscriptions {
             let replaced = subscription.consumer.replace(consumer);
             return Ok(Attached { cursor: subscription.cursor, created: false, replaced });
         }
-        if self.by_name.len() == SUBSCRIPTIONS_MAX {
+        if self.by_name.len() == SUBSCRIPTIONS_MAX as usize {
             return Err(SubscribeError::TooMany);
         }
         self.by_name.insert(name.to_owned(), Subscription { cursor: start, dirty: true, consumer: Some(consumer) });

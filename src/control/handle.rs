@@ -8,12 +8,13 @@ use drava_protocol::message::{PartitionPlace, PartitionState, TopicPolicy};
 use drava_protocol::topic::TopicName;
 use drava_raft::{Image, Topic};
 
+use super::driver::ControlCore;
 use super::request::Refused;
 use crate::shard::stats::ShardStats;
 
 /// A door to the control core, for tasks of its executor. Cheap to clone.
-#[derive(Clone, Debug)]
-pub struct ControlHandle(Rc<()>);
+#[derive(Clone)]
+pub struct ControlHandle(Rc<ControlCore>);
 
 /// Whether this node should be sent work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,9 +29,13 @@ pub struct Readiness {
 }
 
 impl ControlHandle {
+    pub(super) fn new(core: Rc<ControlCore>) -> ControlHandle {
+        ControlHandle(core)
+    }
+
     /// The newest metadata.
     pub fn image(&self) -> Arc<Image> {
-        unimplemented!("the driver follows")
+        self.0.image()
     }
 
     /// Creates a topic and returns once every shard of this node serves it.
@@ -38,34 +43,34 @@ impl ControlHandle {
     /// With `exists_ok` a topic that exists already is answered as it is, whatever its policy.
     pub async fn create_topic(
         &self,
-        _name: TopicName,
-        _policy: TopicPolicy,
-        _exists_ok: bool,
+        name: TopicName,
+        policy: TopicPolicy,
+        exists_ok: bool,
     ) -> Result<Arc<Topic>, Refused> {
-        unimplemented!("the driver follows")
+        self.0.create_topic(name, policy, exists_ok).await
     }
 
     /// Deletes a topic and returns once every shard of this node has let go of it.
-    pub async fn delete_topic(&self, _name: TopicName) -> Result<(), Refused> {
-        unimplemented!("the driver follows")
+    pub async fn delete_topic(&self, name: TopicName) -> Result<(), Refused> {
+        self.0.delete_topic(name).await
     }
 
     /// The figures of all shards, by shard; one that does not answer in time is left out.
     pub async fn shard_stats(&self) -> Vec<ShardStats> {
-        unimplemented!("the driver follows")
+        self.0.shard_stats().await
     }
 
     /// `None`: no such partition, it lives on another node, or its shard does not answer in time.
-    pub async fn describe_partition(&self, _partition: PartitionId) -> Option<PartitionState> {
-        unimplemented!("the driver follows")
+    pub async fn describe_partition(&self, partition: PartitionId) -> Option<PartitionState> {
+        self.0.describe_partition(partition).await
     }
 
     pub fn readiness(&self) -> Readiness {
-        unimplemented!("the driver follows")
+        self.0.readiness()
     }
 
     /// Where a partition lives, as clients are told. `None`: no such partition.
-    pub fn place(&self, _partition: PartitionId) -> Option<PartitionPlace> {
-        unimplemented!("the driver follows")
+    pub fn place(&self, partition: PartitionId) -> Option<PartitionPlace> {
+        self.0.image().place(partition)
     }
 }

@@ -1,4 +1,4 @@
-//! What shards ask of the control core. Never on the data path.
+//! What shards and the boot ask of the control core. Never on the data path.
 
 use std::sync::Arc;
 
@@ -12,9 +12,16 @@ use drava_runtime::foreign::ReplySender;
 #[derive(Debug)]
 pub enum ControlRequest {
     /// Answered once every shard of this node serves by the image that has the topic.
-    CreateTopic { name: TopicName, policy: TopicPolicy, exists_ok: bool, reply: ReplySender<Result<Arc<Topic>, Refused>> },
+    CreateTopic {
+        name: TopicName,
+        policy: TopicPolicy,
+        exists_ok: bool,
+        reply: ReplySender<Result<Arc<Topic>, Refused>>,
+    },
     /// Answered once every shard has let go of the topic.
     DeleteTopic { name: TopicName, reply: ReplySender<Result<(), Refused>> },
+    /// Of the boot: stop. Answered when the shards have finished, the admin has stopped, and the metadata is closed.
+    Drain { done: ReplySender<()> },
 }
 
 /// Why the control core did not do it, as the client is told.

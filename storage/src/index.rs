@@ -1,16 +1,46 @@
-//! The index of the node.
-use std::path::Path;
-use std::sync::Arc;
+//! The index: where extents lie, what the ledgers are, the rows of state. One RocksDB database for the node, one column
+//! family per shard, without a write-ahead log: the journal is that log.
+//!
+//! RocksDB blocks, so each shard has a thread for its family. Requests go to it through a channel and answers come back
+//! as messages. Every batch carries the position in the journal that it covers, in the same atomic write, so that what
+//! is on disk after a crash says itself from where to replay. Source: `storage/README.md`, "Index".
 
-use drava_protocol::ShardId;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+
+use drava_protocol::{LedgerId, PartitionId, ShardId};
+use drava_runtime::foreign::{Reply, ReplySender, reply};
+use rocksdb::{ColumnFamilyDescriptor, DB, Direction, IteratorMode, Options, WriteBatch, WriteOptions};
+
+use crate::journal::JournalEnd;
+use crate::segment::SegmentId;
+
+const TABLE_COVERED: u8 = b'c';
+const TABLE_EXTENT: u8 = b'e';
+const TABLE_LEDGER: u8 = b'l';
+const TABLE_PARTITION: u8 = b'p';
+const TABLE_STATE: u8 = b's';
+const TABLE_SEGMENT: u8 = b'g';
+const VERSION: u8 = 1;
+
+const WRITE_BUFFER_BYTES: usize = 4 << 20;
+const BLOCK_CACHE_BYTES: usize = 8 << 20;
+const OPEN_FILES_MAX: i32 = 128;
 
 #[derive(Debug, thiserror::Error)]
 pub enum IndexError {
     #[error("index at {path}")]
     Open {
-        path: std::path::PathBuf,
+        path: PathBuf,
         #[source]
         source: rocksdb::Error,
+    },
+    #[error("set aside the unusable index at {path}")]
+    SetAside {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
     },
     #[error("index: {0}")]
     Database(#[from] rocksdb::Error),
@@ -21,22 +51,662 @@ pub enum IndexError {
 }
 
 /// The RocksDB database of the node: one column family per shard. Blocking: open it before the executors start.
-#[derive(Debug)]
-pub struct IndexDb(());
+pub struct IndexDb {
+    db: DB,
+}
+
+impl std::fmt::Debug for IndexDb {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "IndexDb({})", self.db.path().display())
+    }
+}
 
 impl IndexDb {
     /// Opens or makes the database and the families of `shards` shards. An unusable database is set aside and made
     /// anew; the stores then rebuild their families from their journals.
-    pub fn open(_path: &Path, _shards: u16) -> Result<Arc<IndexDb>, IndexError> {
-        unimplemented!()
+    pub fn open(path: &Path, shards: u16) -> Result<Arc<IndexDb>, IndexError> {
+        let db = match open_db(path, shards) {
+            Ok(db) => db,
+            Err(error) if is_unusable(&error) => {
+                let aside = path.with_extension("unusable");
+                tracing::error!(path = %path.display(), error = %error, aside = %aside.display(), "the index is unusable; it is made anew");
+                let set_aside = |source| IndexError::SetAside { path: path.to_owned(), source };
+                if aside.exists() {
+                    std::fs::remove_dir_all(&aside).map_err(set_aside)?;
+                }
+                std::fs::rename(path, &aside).map_err(set_aside)?;
+                open_db(path, shards).map_err(|source| IndexError::Open { path: path.to_owned(), source })?
+            }
+            Err(source) => return Err(IndexError::Open { path: path.to_owned(), source }),
+        };
+        Ok(Arc::new(IndexDb { db }))
     }
 
     /// The family of one shard; for [`crate::Store::open`], on whichever thread.
-    pub fn shard(self: &Arc<Self>, _shard: ShardId) -> Index {
-        unimplemented!()
+    pub fn shard(self: &Arc<Self>, shard: ShardId) -> Index {
+        Index { db: self.clone(), family: family_name(shard) }
     }
 }
 
+fn family_name(shard: ShardId) -> String {
+    format!("shard-{:03}", shard.0)
+}
+
+fn is_unusable(error: &rocksdb::Error) -> bool {
+    match error.kind() {
+        rocksdb::ErrorKind::Corruption => true,
+        // A file that the manifest names is gone.
+        rocksdb::ErrorKind::IOError => error.as_ref().contains("No such file"),
+        _ => false,
+    }
+}
+
+fn open_db(path: &Path, shards: u16) -> Result<DB, rocksdb::Error> {
+    let mut options = Options::default();
+    options.create_if_missing(true);
+    options.create_missing_column_families(true);
+    options.set_max_open_files(OPEN_FILES_MAX);
+    options.set_max_file_opening_threads(1);
+    options.set_max_background_jobs(2);
+    options.set_keep_log_file_num(2);
+    options.set_max_log_file_size(1 << 20);
+    options.set_log_level(rocksdb::LogLevel::Error);
+    options.set_stats_dump_period_sec(0);
+    options.set_stats_persist_period_sec(0);
+    options.set_paranoid_checks(true);
+    let cache = rocksdb::Cache::new_lru_cache(BLOCK_CACHE_BYTES);
+    let family_options = || {
+        let mut options = Options::default();
+        options.set_write_buffer_size(WRITE_BUFFER_BYTES);
+        options.set_max_write_buffer_number(2);
+        options.set_compression_type(rocksdb::DBCompressionType::Lz4);
+        options.set_target_file_size_base(16 << 20);
+        let mut table = rocksdb::BlockBasedOptions::default();
+        table.set_block_cache(&cache);
+        table.set_cache_index_and_filter_blocks(true);
+        options.set_block_based_table_factory(&table);
+        options
+    };
+    let mut names = DB::list_cf(&options, path).unwrap_or_default();
+    names.extend((0..shards).map(|shard| family_name(ShardId(shard))));
+    names.push(rocksdb::DEFAULT_COLUMN_FAMILY_NAME.to_owned());
+    names.sort_unstable();
+    names.dedup();
+    let families = names.into_iter().map(|name| ColumnFamilyDescriptor::new(name, family_options()));
+    DB::open_cf_descriptors(&options, path, families)
+}
+
 /// The family of one shard.
-#[derive(Debug)]
-pub struct Index(());
+#[derive(Clone, Debug)]
+pub struct Index {
+    db: Arc<IndexDb>,
+    family: String,
+}
+
+/// Where an extent lies and what it holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ExtentRow {
+    pub(crate) ledger: u32,
+    pub(crate) first_offset: u64,
+    pub(crate) next_offset: u64,
+    pub(crate) segment: SegmentId,
+    /// Of the extent's header, from the start of the segment.
+    pub(crate) position: u64,
+    /// Of the extent's header, from the start of its block.
+    pub(crate) in_block: u32,
+    /// Without the extent's header.
+    pub(crate) body_bytes: u32,
+    pub(crate) first_entry: u64,
+    pub(crate) entry_count: u32,
+    pub(crate) max_append_time_ms: u64,
+    pub(crate) block_sequence: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct LedgerRow {
+    pub(crate) first_offset: u64,
+    pub(crate) next_offset: u64,
+    pub(crate) bytes: u64,
+    pub(crate) entries: u64,
+    pub(crate) first_append_time_ms: u64,
+    pub(crate) max_append_time_ms: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct PartitionRow {
+    pub(crate) start_offset: u64,
+    pub(crate) end_offset: u64,
+    /// The highest sequence a data ledger ever had.
+    pub(crate) last_ledger: u32,
+}
+
+/// How far the family reaches into the journal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Covered {
+    /// Where replay starts.
+    pub(crate) end: JournalEnd,
+    /// The journal was closed in good order here.
+    pub(crate) sealed: bool,
+}
+
+/// Changes that are applied together.
+#[derive(Debug, Default)]
+pub(crate) struct IndexBatch {
+    pub(crate) extents: Vec<(PartitionId, ExtentRow)>,
+    pub(crate) ledgers: Vec<(LedgerId, LedgerRow)>,
+    pub(crate) partitions: Vec<(PartitionId, PartitionRow)>,
+    pub(crate) state: Vec<(PartitionId, Vec<u8>, Option<Vec<u8>>)>,
+    pub(crate) trims: Vec<Trim>,
+    pub(crate) dropped: Vec<PartitionId>,
+    pub(crate) generations: Vec<(SegmentId, u64)>,
+    pub(crate) covered: Covered,
+    /// Make everything up to here durable.
+    pub(crate) flush: bool,
+}
+
+/// Everything of a partition below these is deleted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Trim {
+    pub(crate) partition: PartitionId,
+    pub(crate) first_ledger: u32,
+    pub(crate) start_offset: u64,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Applied {
+    /// Bytes of extents that are no longer indexed.
+    pub(crate) released: Vec<(SegmentId, u64)>,
+    pub(crate) flushed: bool,
+}
+
+/// The family as it was found.
+#[derive(Debug, Default)]
+pub(crate) struct Loaded {
+    pub(crate) covered: Option<Covered>,
+    pub(crate) partitions: BTreeMap<PartitionId, LoadedPartition>,
+    /// Segment, generation, live bytes.
+    pub(crate) segments: Vec<(SegmentId, u64, u64)>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct LoadedPartition {
+    pub(crate) row: PartitionRow,
+    pub(crate) ledgers: Vec<(u32, LedgerRow)>,
+    pub(crate) state: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+enum Request {
+    Stop(ReplySender<()>),
+    Load(ReplySender<Result<Loaded, IndexError>>),
+    Apply(Box<IndexBatch>, ReplySender<Result<Applied, IndexError>>),
+    Extents { partition: PartitionId, offset: u64, count_max: usize, reply: ReplySender<Result<Vec<ExtentRow>, IndexError>> },
+    Since { partition: PartitionId, start_offset: u64, end_offset: u64, time_ms: u64, reply: ReplySender<Result<Option<ExtentRow>, IndexError>> },
+}
+
+/// The shard's side of the index thread. The thread ends when this is dropped and its work is done.
+#[derive(Clone, Debug)]
+pub(crate) struct IndexThread {
+    requests: mpsc::Sender<Request>,
+}
+
+impl IndexThread {
+    pub(crate) fn start(index: Index) -> Result<IndexThread, IndexError> {
+        let (requests, receiver) = mpsc::channel();
+        let name = format!("ix-{}", index.family);
+        let worker = move || {
+            let mut family = Family { index, live: BTreeMap::new() };
+            let mut stopped = None;
+            while let Ok(request) = receiver.recv() {
+                if let Request::Stop(reply) = request {
+                    stopped = Some(reply);
+                    break;
+                }
+                family.serve(request);
+            }
+            // Whoever waits for the end may want to open the database again.
+            drop(family);
+            if let Some(reply) = stopped {
+                reply.send(());
+            }
+        };
+        std::thread::Builder::new()
+            .name(name)
+            .spawn(move || {
+                if let Err(panic) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(worker)) {
+                    drava_runtime::task::stop_after_panic(&*panic);
+                }
+            })
+            .map_err(|error| IndexError::Thread(error.to_string()))?;
+        Ok(IndexThread { requests })
+    }
+
+    pub(crate) async fn load(&self) -> Result<Loaded, IndexError> {
+        let (sender, reply) = reply();
+        self.ask(Request::Load(sender), reply).await
+    }
+
+    pub(crate) async fn apply(&self, batch: Box<IndexBatch>) -> Result<Applied, IndexError> {
+        let (sender, reply) = reply();
+        self.ask(Request::Apply(batch, sender), reply).await
+    }
+
+    /// The extents from the one that holds `offset`, or follows it, on.
+    pub(crate) async fn extents(
+        &self,
+        partition: PartitionId,
+        offset: u64,
+        count_max: usize,
+    ) -> Result<Vec<ExtentRow>, IndexError> {
+        let (sender, reply) = reply();
+        self.ask(Request::Extents { partition, offset, count_max, reply: sender }, reply).await
+    }
+
+    /// The first extent between the offsets with an entry of `time_ms` or later.
+    pub(crate) async fn since(
+        &self,
+        partition: PartitionId,
+        offsets: std::ops::Range<u64>,
+        time_ms: u64,
+    ) -> Result<Option<ExtentRow>, IndexError> {
+        let (sender, reply) = reply();
+        let (start_offset, end_offset) = (offsets.start, offsets.end);
+        self.ask(Request::Since { partition, start_offset, end_offset, time_ms, reply: sender }, reply).await
+    }
+
+    /// Ends the thread after what was asked before; it lets go of the database.
+    pub(crate) async fn stop(&self) {
+        let (sender, reply) = reply();
+        if self.requests.send(Request::Stop(sender)).is_ok() {
+            // Without an answer it has ended already.
+            let _ended = reply.await;
+        }
+    }
+
+    async fn ask<T>(&self, request: Request, reply: Reply<Result<T, IndexError>>) -> Result<T, IndexError> {
+        let gone = || IndexError::Thread("it has ended".into());
+        self.requests.send(request).map_err(|_| gone())?;
+        reply.await.ok_or_else(gone)?
+    }
+}
+
+/// The thread's side.
+struct Family {
+    index: Index,
+    /// Generation and live bytes of each segment, as in the family.
+    live: BTreeMap<SegmentId, (u64, u64)>,
+}
+
+impl Family {
+    fn serve(&mut self, request: Request) {
+        match request {
+            Request::Stop(reply) => reply.send(()),
+            Request::Load(reply) => reply.send(self.load()),
+            Request::Apply(batch, reply) => reply.send(self.apply(&batch)),
+            Request::Extents { partition, offset, count_max, reply } => {
+                reply.send(self.extents(partition, offset, count_max));
+            }
+            Request::Since { partition, start_offset, end_offset, time_ms, reply } => {
+                reply.send(self.since(partition, start_offset, end_offset, time_ms));
+            }
+        }
+    }
+
+    fn handle(&self) -> Result<&rocksdb::ColumnFamily, IndexError> {
+        let handle = self.index.db.db.cf_handle(&self.index.family);
+        handle.ok_or(IndexError::Row("the family of this shard does not exist"))
+    }
+
+    fn load(&mut self) -> Result<Loaded, IndexError> {
+        let mut loaded = self.read_all();
+        if !matches!(&loaded, Ok(loaded) if loaded.covered.is_some()) {
+            if let Err(error) = &loaded {
+                tracing::error!(family = self.index.family, error = %error, "the index of a shard is unusable");
+            }
+            // Rows without a covered position, or that cannot be read, are made anew from the journal.
+            let handle = self.handle()?;
+            let mut batch = WriteBatch::default();
+            batch.delete_range_cf(handle, [0u8].as_slice(), [255u8].as_slice());
+            self.write(batch)?;
+            loaded = Ok(Loaded::default());
+        }
+        let loaded = loaded?;
+        self.live = loaded.segments.iter().map(|&(segment, generation, live)| (segment, (generation, live))).collect();
+        Ok(loaded)
+    }
+
+    fn read_all(&self) -> Result<Loaded, IndexError> {
+        let handle = self.handle()?;
+        let db = &self.index.db.db;
+        let mut loaded = Loaded::default();
+        if let Some(value) = db.get_cf(handle, [TABLE_COVERED])? {
+            loaded.covered = Some(Covered::decode(&value)?);
+        }
+        for table in [TABLE_PARTITION, TABLE_LEDGER, TABLE_STATE, TABLE_SEGMENT] {
+            for item in db.iterator_cf(handle, IteratorMode::From(&[table], Direction::Forward)) {
+                let (key, value) = item?;
+                let Some(mut key) = key.strip_prefix(&[table]) else { break };
+                if table == TABLE_SEGMENT {
+                    let mut value = &value[..];
+                    loaded.segments.push((SegmentId(be_u32(&mut key)?), le_u64(&mut value)?, le_u64(&mut value)?));
+                    continue;
+                }
+                let partition = PartitionId(be_u64(&mut key)?);
+                if table == TABLE_PARTITION {
+                    let row = PartitionRow::decode(&value)?;
+                    loaded.partitions.insert(partition, LoadedPartition { row, ..LoadedPartition::default() });
+                    continue;
+                }
+                // Rows that were derived from entries of a partition deleted since.
+                let Some(found) = loaded.partitions.get_mut(&partition) else { continue };
+                if table == TABLE_LEDGER {
+                    found.ledgers.push((be_u32(&mut key)?, LedgerRow::decode(&value)?));
+                } else {
+                    found.state.push((key.to_vec(), value.to_vec()));
+                }
+            }
+        }
+        Ok(loaded)
+    }
+
+    fn apply(&mut self, changes: &IndexBatch) -> Result<Applied, IndexError> {
+        let handle = self.handle()?;
+        let mut batch = WriteBatch::default();
+        let mut applied = Applied::default();
+        let mut touched: BTreeMap<SegmentId, (u64, i64)> = BTreeMap::new();
+        for &(segment, generation) in &changes.generations {
+            touched.insert(segment, (generation, 0));
+        }
+        for (partition, row) in &changes.extents {
+            batch.put_cf(handle, extent_key(*partition, row.first_offset), row.encode());
+            touched.entry(row.segment).or_default().1 += row.body_bytes as i64;
+        }
+        for (ledger, row) in &changes.ledgers {
+            batch.put_cf(handle, ledger_key(*ledger), row.encode());
+        }
+        for (partition, row) in &changes.partitions {
+            batch.put_cf(handle, partition_key(TABLE_PARTITION, *partition), row.encode());
+        }
+        for (partition, key, value) in &changes.state {
+            let mut row = partition_key(TABLE_STATE, *partition).to_vec();
+            row.extend_from_slice(key);
+            match value {
+                Some(value) => batch.put_cf(handle, row, value),
+                None => batch.delete_cf(handle, row),
+            }
+        }
+        for trim in &changes.trims {
+            self.release(changes, trim.partition, trim.start_offset, &mut touched, &mut applied)?;
+            let (from, to) = (extent_key(trim.partition, 0), extent_key(trim.partition, trim.start_offset));
+            batch.delete_range_cf(handle, from, to);
+            let from = ledger_key(LedgerId { partition: trim.partition, sequence: 0 });
+            let to = ledger_key(LedgerId { partition: trim.partition, sequence: trim.first_ledger });
+            batch.delete_range_cf(handle, from, to);
+        }
+        for &partition in &changes.dropped {
+            self.release(changes, partition, u64::MAX, &mut touched, &mut applied)?;
+            for table in [TABLE_EXTENT, TABLE_LEDGER, TABLE_PARTITION, TABLE_STATE] {
+                let from = partition_key(table, partition);
+                let to = match partition.0.checked_add(1) {
+                    Some(next) => partition_key(table, PartitionId(next)).to_vec(),
+                    None => vec![table + 1],
+                };
+                batch.delete_range_cf(handle, from.to_vec(), to);
+            }
+        }
+        let mut rows = Vec::with_capacity(touched.len());
+        for (segment, (generation, change)) in touched {
+            let mut row = self.live.get(&segment).copied().unwrap_or_default();
+            if generation != 0 && generation != row.0 {
+                // The segment is used again: what was live in it before was let go first.
+                row = (generation, 0);
+            }
+            row.1 = row.1.checked_add_signed(change).unwrap_or(0);
+            let mut value = Vec::with_capacity(16);
+            value.extend_from_slice(&row.0.to_le_bytes());
+            value.extend_from_slice(&row.1.to_le_bytes());
+            let mut key = vec![TABLE_SEGMENT];
+            key.extend_from_slice(&segment.0.to_be_bytes());
+            batch.put_cf(handle, key, value);
+            rows.push((segment, row));
+        }
+        batch.put_cf(handle, [TABLE_COVERED], changes.covered.encode());
+        self.write(batch)?;
+        if changes.flush {
+            self.index.db.db.flush_cf(handle)?;
+            applied.flushed = true;
+        }
+        self.live.extend(rows);
+        Ok(applied)
+    }
+
+    /// Counts what lies below `start_offset`, in the family and in the batch itself.
+    fn release(
+        &self,
+        changes: &IndexBatch,
+        partition: PartitionId,
+        start_offset: u64,
+        touched: &mut BTreeMap<SegmentId, (u64, i64)>,
+        applied: &mut Applied,
+    ) -> Result<(), IndexError> {
+        let mut count = |row: &ExtentRow| {
+            if row.first_offset < start_offset {
+                touched.entry(row.segment).or_default().1 -= row.body_bytes as i64;
+                applied.released.push((row.segment, row.body_bytes as u64));
+            }
+        };
+        let mut from = 0;
+        loop {
+            let rows = self.extents(partition, from, 4096)?;
+            rows.iter().filter(|row| from <= row.first_offset).for_each(&mut count);
+            match rows.last() {
+                Some(last) if rows.len() == 4096 && last.next_offset < start_offset => from = last.next_offset,
+                _ => break,
+            }
+        }
+        changes.extents.iter().filter(|(found, _)| *found == partition).for_each(|(_, row)| count(row));
+        Ok(())
+    }
+
+    fn write(&self, batch: WriteBatch) -> Result<(), IndexError> {
+        let mut options = WriteOptions::default();
+        options.disable_wal(true);
+        Ok(self.index.db.db.write_opt(batch, &options)?)
+    }
+
+    fn extents(&self, partition: PartitionId, offset: u64, count_max: usize) -> Result<Vec<ExtentRow>, IndexError> {
+        let handle = self.handle()?;
+        let prefix = partition_key(TABLE_EXTENT, partition);
+        let mut iterator = self.index.db.db.raw_iterator_cf(handle);
+        iterator.seek_for_prev(extent_key(partition, offset));
+        let mut rows = Vec::new();
+        if !iterator.valid() || !iterator.key().is_some_and(|key| key.starts_with(&prefix)) {
+            iterator.status()?;
+            iterator.seek(extent_key(partition, offset));
+        }
+        while rows.len() < count_max && iterator.valid() {
+            let (Some(key), Some(value)) = (iterator.key(), iterator.value()) else { break };
+            let Some(mut key) = key.strip_prefix(&prefix[..]) else { break };
+            let row = ExtentRow::decode(be_u64(&mut key)?, value)?;
+            if offset < row.next_offset {
+                rows.push(row);
+            }
+            iterator.next();
+        }
+        iterator.status()?;
+        Ok(rows)
+    }
+
+    fn since(
+        &self,
+        partition: PartitionId,
+        start_offset: u64,
+        end_offset: u64,
+        time_ms: u64,
+    ) -> Result<Option<ExtentRow>, IndexError> {
+        let handle = self.handle()?;
+        let prefix = partition_key(TABLE_EXTENT, partition);
+        let mut iterator = self.index.db.db.raw_iterator_cf(handle);
+        iterator.seek(extent_key(partition, start_offset));
+        while iterator.valid() {
+            let (Some(key), Some(value)) = (iterator.key(), iterator.value()) else { break };
+            let Some(mut key) = key.strip_prefix(&prefix[..]) else { break };
+            let row = ExtentRow::decode(be_u64(&mut key)?, value)?;
+            if end_offset <= row.first_offset {
+                break;
+            }
+            if time_ms <= row.max_append_time_ms {
+                return Ok(Some(row));
+            }
+            iterator.next();
+        }
+        iterator.status()?;
+        Ok(None)
+    }
+}
+
+fn partition_key(table: u8, partition: PartitionId) -> [u8; 9] {
+    let mut key = [table; 9];
+    key[1..].copy_from_slice(&partition.0.to_be_bytes());
+    key
+}
+
+fn extent_key(partition: PartitionId, first_offset: u64) -> [u8; 17] {
+    let mut key = [0; 17];
+    key[..9].copy_from_slice(&partition_key(TABLE_EXTENT, partition));
+    key[9..].copy_from_slice(&first_offset.to_be_bytes());
+    key
+}
+
+fn ledger_key(ledger: LedgerId) -> [u8; 13] {
+    let mut key = [0; 13];
+    key[..9].copy_from_slice(&partition_key(TABLE_LEDGER, ledger.partition));
+    key[9..].copy_from_slice(&ledger.sequence.to_be_bytes());
+    key
+}
+
+impl ExtentRow {
+    fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(56);
+        out.extend_from_slice(&self.next_offset.to_le_bytes());
+        out.extend_from_slice(&self.ledger.to_le_bytes());
+        out.extend_from_slice(&self.segment.0.to_le_bytes());
+        out.extend_from_slice(&self.position.to_le_bytes());
+        out.extend_from_slice(&self.in_block.to_le_bytes());
+        out.extend_from_slice(&self.body_bytes.to_le_bytes());
+        out.extend_from_slice(&self.entry_count.to_le_bytes());
+        out.extend_from_slice(&self.first_entry.to_le_bytes());
+        out.extend_from_slice(&self.max_append_time_ms.to_le_bytes());
+        out.extend_from_slice(&self.block_sequence.to_le_bytes());
+        out
+    }
+
+    fn decode(first_offset: u64, mut value: &[u8]) -> Result<ExtentRow, IndexError> {
+        let value = &mut value;
+        Ok(ExtentRow {
+            first_offset,
+            next_offset: le_u64(value)?,
+            ledger: le_u32(value)?,
+            segment: SegmentId(le_u32(value)?),
+            position: le_u64(value)?,
+            in_block: le_u32(value)?,
+            body_bytes: le_u32(value)?,
+            entry_count: le_u32(value)?,
+            first_entry: le_u64(value)?,
+            max_append_time_ms: le_u64(value)?,
+            block_sequence: le_u64(value)?,
+        })
+    }
+}
+
+impl LedgerRow {
+    fn encode(&self) -> Vec<u8> {
+        let fields = [
+            self.first_offset,
+            self.next_offset,
+            self.bytes,
+            self.entries,
+            self.first_append_time_ms,
+            self.max_append_time_ms,
+        ];
+        fields.iter().flat_map(|field| field.to_le_bytes()).collect()
+    }
+
+    fn decode(mut value: &[u8]) -> Result<LedgerRow, IndexError> {
+        let value = &mut value;
+        Ok(LedgerRow {
+            first_offset: le_u64(value)?,
+            next_offset: le_u64(value)?,
+            bytes: le_u64(value)?,
+            entries: le_u64(value)?,
+            first_append_time_ms: le_u64(value)?,
+            max_append_time_ms: le_u64(value)?,
+        })
+    }
+}
+
+impl PartitionRow {
+    fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(20);
+        out.extend_from_slice(&self.start_offset.to_le_bytes());
+        out.extend_from_slice(&self.end_offset.to_le_bytes());
+        out.extend_from_slice(&self.last_ledger.to_le_bytes());
+        out
+    }
+
+    fn decode(mut value: &[u8]) -> Result<PartitionRow, IndexError> {
+        let value = &mut value;
+        Ok(PartitionRow { start_offset: le_u64(value)?, end_offset: le_u64(value)?, last_ledger: le_u32(value)? })
+    }
+}
+
+impl Covered {
+    fn encode(&self) -> Vec<u8> {
+        let mut out = vec![VERSION, u8::from(self.sealed)];
+        out.extend_from_slice(&self.end.segment.0.to_le_bytes());
+        out.extend_from_slice(&self.end.generation.to_le_bytes());
+        out.extend_from_slice(&self.end.position.to_le_bytes());
+        out.extend_from_slice(&self.end.next_sequence.to_le_bytes());
+        out.extend_from_slice(&self.end.previous_crc.to_le_bytes());
+        out
+    }
+
+    fn decode(value: &[u8]) -> Result<Covered, IndexError> {
+        let Some((&[version, sealed], mut rest)) = value.split_first_chunk() else {
+            return Err(IndexError::Row("the covered position is cut"));
+        };
+        if version != VERSION {
+            return Err(IndexError::Row("the version of the index is not known"));
+        }
+        let rest = &mut rest;
+        let end = JournalEnd {
+            segment: SegmentId(le_u32(rest)?),
+            generation: le_u64(rest)?,
+            position: le_u64(rest)?,
+            next_sequence: le_u64(rest)?,
+            previous_crc: le_u32(rest)?,
+        };
+        Ok(Covered { end, sealed: sealed != 0 })
+    }
+}
+
+fn take<const N: usize>(bytes: &mut &[u8]) -> Result<[u8; N], IndexError> {
+    let (head, rest) = bytes.split_first_chunk::<N>().ok_or(IndexError::Row("a row is cut"))?;
+    *bytes = rest;
+    Ok(*head)
+}
+
+fn be_u32(bytes: &mut &[u8]) -> Result<u32, IndexError> {
+    take(bytes).map(u32::from_be_bytes)
+}
+
+fn be_u64(bytes: &mut &[u8]) -> Result<u64, IndexError> {
+    take(bytes).map(u64::from_be_bytes)
+}
+
+fn le_u32(bytes: &mut &[u8]) -> Result<u32, IndexError> {
+    take(bytes).map(u32::from_le_bytes)
+}
+
+fn le_u64(bytes: &mut &[u8]) -> Result<u64, IndexError> {
+    take(bytes).map(u64::from_le_bytes)
+}

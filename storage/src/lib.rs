@@ -16,16 +16,31 @@
 //!
 //! A [`Store`] lives on the executor that opened it. Files and clocks are behind [`Io`]. Formats: `storage/README.md`.
 
+mod backlog;
+pub mod block;
+mod cache;
+pub mod dump;
+mod flush;
+mod index;
 pub mod io;
+mod journal;
+mod ledger;
+mod managed_ledger;
+mod open;
+mod pool;
+mod record_log;
+mod recovery;
+pub mod segment;
+mod stage;
 mod state;
 mod store;
 
+pub use index::{Index, IndexDb, IndexError};
 pub use io::Io;
 pub use io::glommio::GlommioIo;
+pub use record_log::{RecordLog, RecordLogConfig, RecordPosition};
 pub use state::StateBatch;
 pub use store::{
     AppendError, Cached, DamagedRange, FlushError, FlushSink, NewEntry, OpenError, PartitionLimits, PartitionSlot,
     ReadError, Recovered, RecoveredPartition, ReplayedBatch, Run, Span, Store, StoreConfig, StoreFigures, TornTail,
 };
-mod index;
-pub use index::{Index, IndexDb, IndexError};

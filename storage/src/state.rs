@@ -1,6 +1,11 @@
 //! Rows of state that belong to a partition: cursors, producers. Opaque to the store.
+//!
+//! Rows that must survive by themselves go through the journal as changes in the partition's state ledger; so do the
+//! store's own decisions, to trim or drop a partition. Rows that follow from entries go to the index alone.
 
 use drava_protocol::PartitionId;
+
+use crate::index::Trim;
 
 /// State derived from durable entries, to be written together with the index of those entries.
 ///
@@ -18,5 +23,131 @@ impl StateBatch {
 
     pub fn delete(&mut self, partition: PartitionId, key: &[u8]) {
         self.rows.push((partition, key.to_vec(), None));
+    }
+}
+
+const HEADER_BYTES: usize = 8;
+const OP_PUT: u8 = 1;
+const OP_DELETE: u8 = 2;
+const OP_TRIM: u8 = 3;
+const OP_DROP: u8 = 4;
+
+/// Longest key of a row.
+pub const KEY_BYTES_MAX: usize = u16::MAX as usize;
+/// Longest value of a row.
+pub const VALUE_BYTES_MAX: usize = 256 << 10;
+
+/// One record of a state ledger.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum RowChange {
+    Put { key: Vec<u8>, value: Vec<u8> },
+    Delete { key: Vec<u8> },
+    /// Ledgers before one are deleted.
+    Trim(Trim),
+    /// The partition is deleted.
+    Drop,
+}
+
+impl RowChange {
+    fn lengths(&self) -> (usize, usize) {
+        match self {
+            RowChange::Put { key, value } => (key.len(), value.len()),
+            RowChange::Delete { key } => (key.len(), 0),
+            RowChange::Trim(_) => (0, 12),
+            RowChange::Drop => (0, 0),
+        }
+    }
+
+    pub(crate) fn encoded_bytes(&self) -> usize {
+        let (key_bytes, value_bytes) = self.lengths();
+        (HEADER_BYTES + key_bytes + value_bytes).next_multiple_of(16)
+    }
+
+    /// Appends the record, padded to 16 bytes, to an empty `out`.
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+        let (key_bytes, value_bytes) = self.lengths();
+        let op = match self {
+            RowChange::Put { .. } => OP_PUT,
+            RowChange::Delete { .. } => OP_DELETE,
+            RowChange::Trim(_) => OP_TRIM,
+            RowChange::Drop => OP_DROP,
+        };
+        out.extend_from_slice(&[op, 0]);
+        out.extend_from_slice(&(key_bytes as u16).to_le_bytes());
+        out.extend_from_slice(&(value_bytes as u32).to_le_bytes());
+        match self {
+            RowChange::Put { key, value } => {
+                out.extend_from_slice(key);
+                out.extend_from_slice(value);
+            }
+            RowChange::Delete { key } => out.extend_from_slice(key),
+            RowChange::Trim(trim) => {
+                out.extend_from_slice(&trim.first_ledger.to_le_bytes());
+                out.extend_from_slice(&trim.start_offset.to_le_bytes());
+            }
+            RowChange::Drop => {}
+        }
+        out.resize(self.encoded_bytes(), 0);
+    }
+
+    /// Reads the record at the start of `bytes` and how many bytes it takes. `None`: it is malformed.
+    pub(crate) fn decode(partition: PartitionId, bytes: &[u8]) -> Option<(RowChange, usize)> {
+        let (head, rest) = bytes.split_first_chunk::<HEADER_BYTES>()?;
+        let key_bytes = u16::from_le_bytes([head[2], head[3]]) as usize;
+        let value_bytes = u32::from_le_bytes([head[4], head[5], head[6], head[7]]) as usize;
+        let (key, rest) = rest.split_at_checked(key_bytes)?;
+        let (value, _) = rest.split_at_checked(value_bytes)?;
+        let change = match head[0] {
+            OP_PUT => RowChange::Put { key: key.to_vec(), value: value.to_vec() },
+            OP_DELETE => RowChange::Delete { key: key.to_vec() },
+            OP_TRIM => {
+                let (first_ledger, start_offset) = value.split_first_chunk::<4>()?;
+                RowChange::Trim(Trim {
+                    partition,
+                    first_ledger: u32::from_le_bytes(*first_ledger),
+                    start_offset: u64::from_le_bytes(*start_offset.first_chunk::<8>()?),
+                })
+            }
+            OP_DROP => RowChange::Drop,
+            _ => return None,
+        };
+        let bytes_taken = change.encoded_bytes();
+        (head[1] == 0 && bytes_taken <= bytes.len()).then_some((change, bytes_taken))
+    }
+
+    /// All records of a state extent's body; ends early where one is malformed.
+    pub(crate) fn decode_all(partition: PartitionId, body: &[u8], mut visit: impl FnMut(RowChange)) {
+        let mut rest = body;
+        while let Some((change, bytes)) = RowChange::decode(partition, rest) {
+            visit(change);
+            rest = &rest[bytes..];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_come_back_as_they_were() {
+        let partition = PartitionId(7);
+        let changes = [
+            RowChange::Put { key: b"cursor/a".to_vec(), value: vec![1; 100] },
+            RowChange::Delete { key: b"cursor/b".to_vec() },
+            RowChange::Trim(Trim { partition, first_ledger: 3, start_offset: 1000 }),
+            RowChange::Put { key: Vec::new(), value: Vec::new() },
+            RowChange::Drop,
+        ];
+        let mut body = Vec::new();
+        for change in &changes {
+            let mut row = Vec::new();
+            change.encode(&mut row);
+            assert_eq!(row.len(), change.encoded_bytes());
+            body.extend_from_slice(&row);
+        }
+        let mut seen = Vec::new();
+        RowChange::decode_all(partition, &body, |change| seen.push(change));
+        assert_eq!(seen, changes);
     }
 }

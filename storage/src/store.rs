@@ -1,17 +1,30 @@
 //! The store: what the shard calls.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::ops::{Deref, Range};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
-use drava_protocol::{EntryId, PartitionId, ShardId, batch};
+use drava_protocol::frame::padded;
+use drava_protocol::{EntryId, LedgerId, PartitionId, ShardId, batch};
 use drava_runtime::chunk::Slice;
+use drava_runtime::local::{Broadcast, Notify, oneshot};
 
-use crate::index::{Index, IndexError};
-use crate::io::Io;
-use crate::state::StateBatch;
+use crate::backlog::Backlog;
+use crate::block::{self, EXTENT_HEADER_BYTES};
+use crate::cache::BlockCache;
+use crate::flush::{Flushing, Indexing};
+use crate::index::{Index, IndexError, IndexThread, PartitionRow};
+use crate::io::{ALIGNMENT, Io};
+use crate::journal::Journal;
+use crate::ledger::{Ledgers, RollPolicy};
+use crate::managed_ledger::ManagedLedger;
+use crate::pool::BufferPool;
+use crate::segment;
+use crate::stage::{NewStaged, Staging};
+use crate::state::{KEY_BYTES_MAX, RowChange, StateBatch, VALUE_BYTES_MAX};
 
 /// How a shard stores. Sizes in bytes.
 #[derive(Clone, Debug)]
@@ -108,6 +121,8 @@ pub enum AppendError {
     Full,
     #[error("an entry of {entry_bytes} bytes; at most {limit_bytes} fit")]
     TooLarge { entry_bytes: u64, limit_bytes: u64 },
+    #[error("a row of {key_bytes} and {value_bytes} bytes is too large")]
+    RowTooLarge { key_bytes: usize, value_bytes: usize },
     #[error("the partition is deleted")]
     Deleted,
 }
@@ -118,7 +133,11 @@ pub enum FlushError {
     Write { segment: u32, position: u64, message: String },
     #[error("the index does not take what is durable: {0}")]
     Index(String),
-    #[error("the journal was stopped by an earlier failure")]
+    #[error("{bytes} bytes are too many for one block; at most {limit_bytes} fit")]
+    TooLarge { bytes: u64, limit_bytes: u64 },
+    #[error("the disk has no room above its reserve")]
+    Full,
+    #[error("the journal is closed")]
     Stopped,
 }
 
@@ -277,7 +296,7 @@ pub struct StoreFigures {
 }
 
 /// The store of one shard. Clones share it. `T` is what the shard gives with each entry to recognise it by.
-pub struct Store<I: Io, T: 'static>(Rc<(I, RefCell<Vec<T>>)>);
+pub struct Store<I: Io, T: 'static>(Rc<Inner<I, T>>);
 
 impl<I: Io, T: 'static> Clone for Store<I, T> {
     fn clone(&self) -> Self {
@@ -285,33 +304,129 @@ impl<I: Io, T: 'static> Clone for Store<I, T> {
     }
 }
 
-#[allow(unused_variables, clippy::unused_async, clippy::missing_panics_doc)]
+type Sink<T> = Rc<RefCell<dyn FlushSink<T>>>;
+
+pub(crate) struct Inner<I: Io, T: 'static> {
+    pub(crate) io: I,
+    pub(crate) config: StoreConfig,
+    pub(crate) journal: Rc<Journal<I, Flushing<I, T>>>,
+    pub(crate) index: IndexThread,
+    pub(crate) pool: Rc<BufferPool<I>>,
+    pub(crate) staging: RefCell<Staging<T>>,
+    pub(crate) partitions: RefCell<Partitions>,
+    pub(crate) cache: RefCell<BlockCache<I>>,
+    pub(crate) backlog: Backlog,
+    pub(crate) indexing: RefCell<Indexing>,
+    pub(crate) figures: Cell<StoreFigures>,
+    pub(crate) in_flight_bytes: Cell<u64>,
+    /// Something was staged, written or made ready.
+    pub(crate) woken: Rc<Notify>,
+    pub(crate) index_woken: Notify,
+    /// A block became durable, or nothing will any more.
+    pub(crate) progress: Broadcast,
+    pub(crate) stopped: Cell<bool>,
+    pub(crate) sink: RefCell<Option<Sink<T>>>,
+}
+
+#[derive(Default)]
+pub(crate) struct Partitions {
+    /// By slot. Slots are never used again: a stale one must not name another partition.
+    pub(crate) list: Vec<ManagedLedger>,
+    pub(crate) by_id: BTreeMap<PartitionId, u32>,
+}
+
+impl Partitions {
+    pub(crate) fn get_or_insert(&mut self, partition: PartitionId, roll: RollPolicy) -> &mut ManagedLedger {
+        let list = &mut self.list;
+        let index = *self.by_id.entry(partition).or_insert_with(|| {
+            list.push(ManagedLedger::new(partition, PartitionRow::default(), Ledgers::default(), roll));
+            (list.len() - 1) as u32
+        });
+        &mut self.list[index as usize]
+    }
+}
+
 impl<I: Io, T: 'static> Store<I, T> {
     /// Opens or makes the store in `config.dir` and replays the journal. Nothing is flushed before [`Store::start`].
     pub async fn open(io: I, config: StoreConfig, index: Index) -> Result<(Store<I, T>, Recovered), OpenError> {
-        unimplemented!()
+        let (inner, recovered) = crate::open::open(io, config, index).await?;
+        Ok((Store(Rc::new(inner)), recovered))
     }
 
     /// Starts the flusher and the background work. Once.
     ///
     /// The sink is borrowed for the length of its calls: hold no borrow of it across an await.
     pub fn start(&self, sink: Rc<RefCell<dyn FlushSink<T>>>) {
-        unimplemented!()
+        let inner = &self.0;
+        let before = inner.sink.replace(Some(sink.clone()));
+        assert!(before.is_none(), "a store is started once");
+        inner.io.spawn(inner.clone().run_flusher(sink.clone()));
+        inner.io.spawn(inner.clone().run_indexer(sink));
+        inner.io.spawn(inner.clone().run_housekeeping());
+        inner.io.spawn(inner.journal.clone().run());
+        inner.woken.notify();
     }
 
     /// The slot of a partition, made when new. Idempotent; calling again changes the limits.
     pub fn open_partition(&self, partition: PartitionId, limits: PartitionLimits) -> PartitionSlot {
-        unimplemented!()
+        let inner = &self.0;
+        let roll = RollPolicy::new(inner.config.ledger_bytes_max, inner.config.ledger_age_max, &limits);
+        let mut partitions = inner.partitions.borrow_mut();
+        let found = partitions.get_or_insert(partition, roll);
+        found.limits = limits;
+        found.roll = roll;
+        found.opened = true;
+        PartitionSlot(partitions.by_id[&partition])
     }
 
     /// Stages one batch; the sink hears the token when it is durable. Gives the token back with the error.
     ///
     /// Panics when `base_offset` is not the partition's next: offsets are the store's invariant.
     pub fn append(&self, slot: PartitionSlot, entry: NewEntry, token: T) -> Result<EntryId, (AppendError, T)> {
-        unimplemented!()
+        let inner = &self.0;
+        let mut partitions = inner.partitions.borrow_mut();
+        let partition = &mut partitions.list[slot.0 as usize];
+        let entry_bytes = entry.bytes.len() as u64;
+        assert!(entry.header.batch_bytes as u64 == entry_bytes, "a batch of {} bytes in {entry_bytes}", entry.header.batch_bytes);
+        assert!(entry.base_offset == partition.next_offset, "offset {} where {} is next", entry.base_offset, partition.next_offset);
+        if partition.deleted {
+            return Err((AppendError::Deleted, token));
+        }
+        if inner.journal.is_failed() || inner.stopped.get() {
+            return Err((AppendError::ReadOnly, token));
+        }
+        let limit_bytes = inner.entry_bytes_max();
+        if limit_bytes < entry_bytes {
+            return Err((AppendError::TooLarge { entry_bytes, limit_bytes }, token));
+        }
+        let mut staging = inner.staging.borrow_mut();
+        // Rows, which a full disk needs most, keep the last of the room.
+        let ahead_bytes = staging.bytes() + inner.in_flight_bytes.get() + entry_bytes;
+        if !inner.journal.has_room(ahead_bytes + inner.config.block_bytes_max as u64) {
+            return Err((AppendError::Full, token));
+        }
+        let body_bytes = padded(entry.bytes.len()) as u64;
+        let (sequence, id) = partition.writer.add(body_bytes, entry.append_time_ms, &partition.roll);
+        let record_count = entry.header.record_count;
+        partition.next_offset += record_count as u64;
+        let staged = NewStaged {
+            partition_index: slot.0,
+            ledger: LedgerId { partition: partition.partition, sequence },
+            entry: id,
+            bytes: entry.bytes,
+            base_offset: entry.base_offset,
+            record_count,
+            append_time_ms: entry.append_time_ms,
+        };
+        staging.entry(staged, &mut partition.data_chain, token);
+        drop(staging);
+        inner.woken.notify();
+        Ok(EntryId(id))
     }
 
     /// Stages a row of state; `None` deletes it. The token, if any, is told like that of an entry.
+    ///
+    /// A key has at most 65535 bytes, a value 256 KiB.
     pub fn append_state(
         &self,
         slot: PartitionSlot,
@@ -319,21 +434,97 @@ impl<I: Io, T: 'static> Store<I, T> {
         value: Option<&[u8]>,
         token: Option<T>,
     ) -> Result<(), AppendError> {
-        unimplemented!()
+        let inner = &self.0;
+        let value_bytes = value.map_or(0, <[u8]>::len);
+        if KEY_BYTES_MAX < key.len() || VALUE_BYTES_MAX < value_bytes {
+            return Err(AppendError::RowTooLarge { key_bytes: key.len(), value_bytes });
+        }
+        let change = match value {
+            Some(value) => RowChange::Put { key: key.to_vec(), value: value.to_vec() },
+            None => RowChange::Delete { key: key.to_vec() },
+        };
+        let mut partitions = inner.partitions.borrow_mut();
+        let partition = &mut partitions.list[slot.0 as usize];
+        inner.check_rows(partition, change.encoded_bytes())?;
+        let mut staging = inner.staging.borrow_mut();
+        let group = staging.row(partition.partition, slot.0, change, &mut partition.state_chain);
+        group.tokens.extend(token);
+        drop(staging);
+        inner.woken.notify();
+        Ok(())
     }
 
     /// Bytes staged or in flight.
     pub fn staged_bytes(&self) -> u64 {
-        unimplemented!()
+        self.0.staging.borrow().bytes() + self.0.in_flight_bytes.get()
+    }
+
+    /// No more entries are taken: a write to the journal or the index failed, or the store is sealed.
+    pub fn is_read_only(&self) -> bool {
+        self.0.journal.is_failed() || self.0.stopped.get()
     }
 
     pub fn span(&self, slot: PartitionSlot) -> Span {
-        unimplemented!()
+        let partitions = self.0.partitions.borrow();
+        let partition = &partitions.list[slot.0 as usize];
+        Span {
+            start_offset: partition.start_offset,
+            end_offset: partition.end_offset,
+            next_offset: partition.next_offset,
+            ledgers: partition.ledgers.count() as u32,
+            stored_bytes: partition.ledgers.bytes(),
+        }
     }
 
     /// Appends runs from `offset` on to `out`: as many whole batches as fit into `bytes_max`, at least one.
     pub fn read_cached(&self, slot: PartitionSlot, offset: u64, bytes_max: usize, out: &mut Vec<Run>) -> Cached {
-        unimplemented!()
+        let inner = &self.0;
+        let partitions = inner.partitions.borrow();
+        let partition = &partitions.list[slot.0 as usize];
+        if partition.end_offset <= offset {
+            return Cached::AtEnd;
+        }
+        let mut figures = inner.figures.get();
+        let mut next_offset = offset;
+        let mut left = bytes_max;
+        let mut hit = false;
+        if let Some(first) = partition.find(offset) {
+            let cache = inner.cache.borrow();
+            for extent in partition.tail.range(first..) {
+                if extent.first_offset > next_offset {
+                    break;
+                }
+                let Some(block) = cache.get(extent.block_sequence) else { break };
+                let body_start = extent.in_block as usize + EXTENT_HEADER_BYTES;
+                let body = &block.bytes()[body_start..body_start + extent.body_bytes as usize];
+                let Some(cut) = block::cut(body, extent.first_offset..extent.next_offset, next_offset, left) else { break };
+                let run_bytes = cut.end - cut.start;
+                if hit && left < run_bytes {
+                    break;
+                }
+                out.push(Run {
+                    memory: block.clone(),
+                    start: (body_start + cut.start) as u32,
+                    end: (body_start + cut.end) as u32,
+                    first_offset: cut.first_offset,
+                    next_offset: cut.next_offset,
+                });
+                hit = true;
+                left = left.saturating_sub(run_bytes);
+                next_offset = cut.next_offset;
+                if left == 0 || cut.next_offset < extent.next_offset {
+                    break;
+                }
+            }
+        }
+        if !hit {
+            figures.cache_misses += 1;
+            inner.figures.set(figures);
+            return Cached::Miss;
+        }
+        figures.cache_hits += 1;
+        inner.figures.set(figures);
+        Cached::Hit { next_offset }
     }
 
     /// As `read_cached`, from disk where needed, with read-ahead for whoever goes on where the last read ended.
@@ -345,30 +536,167 @@ impl<I: Io, T: 'static> Store<I, T> {
         bytes_max: usize,
         out: &mut Vec<Run>,
     ) -> Result<u64, ReadError> {
-        unimplemented!()
+        loop {
+            {
+                let partitions = self.0.partitions.borrow();
+                let partition = &partitions.list[slot.0 as usize];
+                let (start_offset, end_offset) = (partition.start_offset, partition.end_offset);
+                if partition.deleted {
+                    return Err(ReadError::Deleted);
+                }
+                if offset < start_offset {
+                    return Err(ReadError::Trimmed { offset, start_offset });
+                }
+                if end_offset < offset {
+                    return Err(ReadError::PastEnd { offset, end_offset });
+                }
+            }
+            match self.read_cached(slot, offset, bytes_max, out) {
+                Cached::Hit { next_offset } => return Ok(next_offset),
+                Cached::AtEnd => return Ok(offset),
+                Cached::Miss => {}
+            }
+            if let Some(next_offset) = self.0.read_backlog(slot.0, offset, bytes_max, out).await? {
+                return Ok(next_offset);
+            }
+            drava_runtime::yield_if_needed().await;
+        }
     }
 
     /// The offset of the first batch appended at `time_ms` or later; the end when there is none.
     pub async fn locate_time(&self, slot: PartitionSlot, time_ms: u64) -> Result<u64, ReadError> {
-        unimplemented!()
+        let inner = &self.0;
+        let (id, offsets, tail_offset) = {
+            let partitions = inner.partitions.borrow();
+            let partition = &partitions.list[slot.0 as usize];
+            if partition.deleted {
+                return Err(ReadError::Deleted);
+            }
+            let Some(offsets) = partition.ledgers.since(time_ms) else { return Ok(partition.end_offset) };
+            let tail_offset = partition.tail.front().map_or(u64::MAX, |extent| extent.first_offset);
+            (partition.partition, offsets, tail_offset)
+        };
+        let mut found = None;
+        if offsets.start < tail_offset {
+            let row = inner.index.since(id, offsets.start..offsets.end.min(tail_offset), time_ms).await;
+            found = row.map_err(|error| ReadError::Index(error.to_string()))?.map(|row| row.first_offset);
+        }
+        if found.is_none() {
+            let partitions = inner.partitions.borrow();
+            let mut tail = partitions.list[slot.0 as usize].tail.iter();
+            found = tail.find(|extent| time_ms <= extent.max_append_time_ms).map(|extent| extent.first_offset);
+        }
+        let mut offset = found.unwrap_or(offsets.start);
+        let mut runs = Vec::new();
+        loop {
+            runs.clear();
+            match self.read(slot, offset, inner.config.block_bytes_max, &mut runs).await {
+                Ok(next_offset) if next_offset == offset => return Ok(offset),
+                Ok(next_offset) => {
+                    for run in &runs {
+                        let late = |batch: &&[u8]| time_ms <= block::batch_append_time_ms(batch);
+                        if let Some(batch) = block::batches(run).flatten().find(late) {
+                            return Ok(block::batch_base_offset(batch));
+                        }
+                    }
+                    offset = next_offset;
+                }
+                Err(ReadError::Damaged { range }) => offset = range.end,
+                Err(ReadError::Trimmed { start_offset, .. }) => offset = start_offset,
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// Retention keeps everything from this offset on: the lowest durable cursor. `None`: no cursor holds anything.
     pub fn set_floor(&self, slot: PartitionSlot, offset: Option<u64>) {
-        unimplemented!()
+        self.0.partitions.borrow_mut().list[slot.0 as usize].floor = offset;
     }
 
     /// Deletes the partition and its state. Durable when it returns.
     pub async fn delete_partition(&self, slot: PartitionSlot) -> Result<(), AppendError> {
-        unimplemented!()
+        let inner = &self.0;
+        let durable = {
+            let mut partitions = inner.partitions.borrow_mut();
+            let partitions = &mut *partitions;
+            let partition = &mut partitions.list[slot.0 as usize];
+            inner.check_rows(partition, RowChange::Drop.encoded_bytes())?;
+            partition.deleted = true;
+            partitions.by_id.remove(&partition.partition);
+            let mut staging = inner.staging.borrow_mut();
+            let group = staging.row(partition.partition, slot.0, RowChange::Drop, &mut partition.state_chain);
+            let (sender, receiver) = oneshot();
+            group.waiters.push(sender);
+            receiver
+        };
+        inner.woken.notify();
+        durable.await.ok_or(AppendError::ReadOnly)
     }
 
-    /// Flushes all that is staged and makes the index durable up to it. Append nothing after it.
+    /// Flushes all that is staged and makes the index durable up to it. Nothing is appended after it.
     pub async fn seal(&self) -> Result<(), FlushError> {
-        unimplemented!()
+        let inner = &self.0;
+        loop {
+            if let Some(error) = inner.journal.failed() {
+                return Err(error);
+            }
+            let version = inner.progress.version();
+            if inner.staging.borrow().is_empty() && inner.journal.in_flight() == 0 {
+                break;
+            }
+            inner.progress.changed(version).await;
+        }
+        inner.stopped.set(true);
+        let sink = inner.sink.borrow().clone();
+        let sealed = inner.send_index_batch(sink.as_ref(), true, true).await;
+        inner.journal.stop();
+        inner.woken.notify();
+        inner.index_woken.notify();
+        sealed
+    }
+
+    /// Ends all background work and lets go of the index, without flushing anything: what is on disk is what a crash
+    /// would leave. After [`Store::seal`] there is nothing left to lose.
+    pub async fn close(&self) {
+        let inner = &self.0;
+        inner.stopped.set(true);
+        inner.journal.fail(FlushError::Stopped);
+        inner.journal.stop();
+        inner.index_woken.notify();
+        inner.journal.quiesced().await;
+        inner.index.stop().await;
     }
 
     pub fn figures(&self) -> StoreFigures {
-        unimplemented!()
+        let inner = &self.0;
+        let mut figures = inner.figures.get();
+        figures.staged_bytes = self.staged_bytes();
+        figures.cache_bytes = inner.cache.borrow().bytes();
+        (figures.segments, figures.segments_spare, figures.segments_recycled, figures.live_bytes) =
+            inner.journal.figures();
+        figures.read_only = self.is_read_only();
+        figures
+    }
+}
+
+impl<I: Io, T: 'static> Inner<I, T> {
+    /// The largest entry that fits into a segment with the headers around it.
+    fn entry_bytes_max(&self) -> u64 {
+        let segment_bytes = self.config.segment_bytes - segment::HEADER_BYTES - 2 * ALIGNMENT as u64;
+        segment_bytes.min((block::BLOCK_BYTES_MAX - 2 * ALIGNMENT) as u64)
+    }
+
+    fn check_rows(&self, partition: &ManagedLedger, bytes: usize) -> Result<(), AppendError> {
+        if partition.deleted {
+            return Err(AppendError::Deleted);
+        }
+        if self.journal.is_failed() || self.stopped.get() {
+            return Err(AppendError::ReadOnly);
+        }
+        let ahead_bytes = self.staging.borrow().bytes() + self.in_flight_bytes.get() + bytes as u64;
+        if !self.journal.has_room(ahead_bytes + 2 * ALIGNMENT as u64) {
+            return Err(AppendError::Full);
+        }
+        Ok(())
     }
 }

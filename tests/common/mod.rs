@@ -191,12 +191,8 @@ impl Wire {
 
     pub fn connect(address: SocketAddr) -> std::io::Result<Wire> {
         let mut wire = Wire::raw(address)?;
-        let hello = Hello {
-            version_min: frame::VERSION,
-            version_max: frame::VERSION,
-            client: "test".to_owned(),
-            token: None,
-        };
+        let hello =
+            Hello { version_min: frame::VERSION, version_max: frame::VERSION, client: "test".to_owned(), token: None };
         let answer = wire.call(&hello)?;
         expect!(answer, Welcome);
         Ok(wire)

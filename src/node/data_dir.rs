@@ -1,0 +1,351 @@
+//! The data directory: who may use it, and whose it is.
+//!
+//! ```text
+//! lock          held with flock by the node that runs on the directory; holds its pid
+//! format.json   format version, node, incarnation, number of shards
+//! ports.json    the ports of the node that runs, or ran last
+//! meta/         log, vote and snapshots of the metadata group
+//! shard-000/    segments of the journal of shard 0
+//! index/        RocksDB, one column family a shard
+//! ```
+//!
+//! Opening it is: make it, lock it, compare or make `format.json`. Nothing else is touched before that holds.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Seek, Write};
+use std::path::{Path, PathBuf};
+
+use drava_protocol::ShardId;
+use serde::{Deserialize, Serialize};
+
+use crate::config::NodeConfig;
+
+use super::ports::Ports;
+
+/// The format that this node reads and writes.
+pub const FORMAT: u32 = 1;
+
+const LOCK_FILE: &str = "lock";
+const FORMAT_FILE: &str = "format.json";
+const PORTS_FILE: &str = "ports.json";
+/// Bytes of the files that are read whole; larger ones are not ours.
+const SMALL_FILE_BYTES_MAX: u64 = 64 * 1024;
+
+/// What `format.json` says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Format {
+    pub format: u32,
+    pub node: u64,
+    /// 128 random bits in hex, minted with the directory: a node that lost its disk is another one.
+    pub incarnation: String,
+    pub shards: u16,
+}
+
+/// A locked data directory. The lock ends with this value, or with the process.
+#[derive(Debug)]
+pub struct DataDir {
+    path: PathBuf,
+    format: Format,
+    made: bool,
+    _lock: File,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DataDirError {
+    #[error("the data directory {} is in use by the node with pid {}; stop it, or give this one a data_dir of its own", dir.display(), pid.map_or("(unknown)".to_owned(), |pid| pid.to_string()))]
+    InUse { dir: PathBuf, pid: Option<u32> },
+    #[error("{} holds files and no {FORMAT_FILE}: it is no data directory; give data_dir an empty or a new one", dir.display())]
+    Foreign { dir: PathBuf },
+    #[error("the data directory {} has format {found}; this node reads and writes format {FORMAT}; use the release that made it", dir.display())]
+    OtherFormat { dir: PathBuf, found: u64 },
+    #[error("the data directory {} belongs to node {found}; this is node {configured}; set node_id or data_dir", dir.display())]
+    OtherNode { dir: PathBuf, found: u64, configured: u64 },
+    #[error("the data directory {} was made with {found} shards and {configured} are configured; changing the number of shards is not possible yet: set shards = {found}", dir.display())]
+    OtherShards { dir: PathBuf, found: u16, configured: u16 },
+    #[error("{} cannot be understood: {reason}", file.display())]
+    Damaged { file: PathBuf, reason: String },
+    #[error("{action} {}: {source}", path.display())]
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+}
+
+impl DataDir {
+    /// Makes the directory where there is none, locks it, and checks that it is this node's.
+    pub fn open(config: &NodeConfig) -> Result<DataDir, DataDirError> {
+        let path = config.data_dir.clone();
+        fs::create_dir_all(&path).map_err(at("make the directory", &path))?;
+        let lock = lock(&path)?;
+        let (format, made) = match read_format(&path)? {
+            Some(format) => (format, false),
+            None => (make_format(&path, config)?, true),
+        };
+        if format.node != config.node_id {
+            return Err(DataDirError::OtherNode { dir: path, found: format.node, configured: config.node_id });
+        }
+        if format.shards != config.shards {
+            return Err(DataDirError::OtherShards { dir: path, found: format.shards, configured: config.shards });
+        }
+        let dir = DataDir { path, format, made, _lock: lock };
+        for folder in [dir.meta(), dir.index()].into_iter().chain((0..config.shards).map(|id| dir.shard(ShardId(id)))) {
+            fs::create_dir_all(&folder).map_err(at("make the directory", &folder))?;
+        }
+        sync_folder(&dir.path)?;
+        Ok(dir)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn format(&self) -> &Format {
+        &self.format
+    }
+
+    /// Whether this start made it.
+    pub fn is_new(&self) -> bool {
+        self.made
+    }
+
+    /// Log, vote and snapshots of the metadata group.
+    pub fn meta(&self) -> PathBuf {
+        self.path.join("meta")
+    }
+
+    /// The one RocksDB of the node.
+    pub fn index(&self) -> PathBuf {
+        self.path.join("index")
+    }
+
+    /// Segments of the journal of a shard.
+    pub fn shard(&self, shard: ShardId) -> PathBuf {
+        self.path.join(format!("shard-{:03}", shard.0))
+    }
+
+    /// Tells tools and tests where the node listens.
+    pub fn write_ports(&self, ports: &Ports) -> Result<(), DataDirError> {
+        replace_file(&self.path, PORTS_FILE, &json(ports))
+    }
+}
+
+/// The pid of the node that holds the lock; `None`: nobody does. `Some(None)`: somebody does, and left no pid.
+pub fn holder(dir: &Path) -> Option<Option<u32>> {
+    let mut file = File::open(dir.join(LOCK_FILE)).ok()?;
+    match file.try_lock_shared() {
+        Err(TryLockError::WouldBlock) => Some(read_pid(&mut file)),
+        Ok(()) | Err(TryLockError::Error(_)) => None,
+    }
+}
+
+/// What `ports.json` says, if there is one.
+pub fn read_ports(dir: &Path) -> Result<Option<Ports>, DataDirError> {
+    let file = dir.join(PORTS_FILE);
+    let Some(text) = read_small(&file)? else { return Ok(None) };
+    serde_json::from_str(&text).map(Some).map_err(|error| DataDirError::Damaged { file, reason: error.to_string() })
+}
+
+fn lock(dir: &Path) -> Result<File, DataDirError> {
+    let path = dir.join(LOCK_FILE);
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(at("open the lock", &path))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            return Err(DataDirError::InUse { dir: dir.to_owned(), pid: read_pid(&mut file) });
+        }
+        Err(TryLockError::Error(source)) => {
+            return Err(DataDirError::Io { action: "lock", path, source });
+        }
+    }
+    // The pid is for people who are refused; the lock itself is the kernel's.
+    let written = file
+        .set_len(0)
+        .and_then(|()| file.rewind())
+        .and_then(|()| file.write_all(format!("{}\n", std::process::id()).as_bytes()));
+    written.map_err(at("write", &path))?;
+    Ok(file)
+}
+
+fn read_pid(file: &mut File) -> Option<u32> {
+    let mut text = String::new();
+    file.take(16).read_to_string(&mut text).ok()?;
+    text.trim().parse().ok()
+}
+
+fn read_format(dir: &Path) -> Result<Option<Format>, DataDirError> {
+    let file = dir.join(FORMAT_FILE);
+    let Some(text) = read_small(&file)? else {
+        return if is_foreign(dir)? { Err(DataDirError::Foreign { dir: dir.to_owned() }) } else { Ok(None) };
+    };
+    let damaged = |error: serde_json::Error| DataDirError::Damaged { file: file.clone(), reason: error.to_string() };
+    // The version first: what another one says beside it is not ours to judge.
+    let value: serde_json::Value = serde_json::from_str(&text).map_err(damaged)?;
+    match value.get("format").and_then(serde_json::Value::as_u64) {
+        Some(found) if found != u64::from(FORMAT) => Err(DataDirError::OtherFormat { dir: dir.to_owned(), found }),
+        Some(_) => serde_json::from_value(value).map(Some).map_err(damaged),
+        None => Err(DataDirError::Damaged { file, reason: "it names no format".to_owned() }),
+    }
+}
+
+/// Whether there is anything that neither a start cut short nor the file system itself leaves behind.
+fn is_foreign(dir: &Path) -> Result<bool, DataDirError> {
+    let known = [LOCK_FILE.to_owned(), temporary(FORMAT_FILE), "lost+found".to_owned(), ".gitignore".to_owned()];
+    for entry in fs::read_dir(dir).map_err(at("list", dir))? {
+        let name = entry.map_err(at("list", dir))?.file_name();
+        if !known.iter().any(|known| name == known.as_str()) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn make_format(dir: &Path, config: &NodeConfig) -> Result<Format, DataDirError> {
+    let mut random = [0; 16];
+    File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut random))
+        .map_err(at("read", Path::new("/dev/urandom")))?;
+    let incarnation = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    let format = Format { format: FORMAT, node: config.node_id, incarnation, shards: config.shards };
+    replace_file(dir, FORMAT_FILE, &json(&format))?;
+    Ok(format)
+}
+
+fn json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("these structs become JSON") + "\n"
+}
+
+fn read_small(file: &Path) -> Result<Option<String>, DataDirError> {
+    let opened = match File::open(file) {
+        Ok(opened) => opened,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(DataDirError::Io { action: "open", path: file.to_owned(), source }),
+    };
+    let mut text = String::new();
+    match opened.take(SMALL_FILE_BYTES_MAX).read_to_string(&mut text) {
+        Ok(_) => Ok(Some(text)),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            Err(DataDirError::Damaged { file: file.to_owned(), reason: "it is no text".to_owned() })
+        }
+        Err(source) => Err(DataDirError::Io { action: "read", path: file.to_owned(), source }),
+    }
+}
+
+fn temporary(name: &str) -> String {
+    format!("{name}.tmp")
+}
+
+/// Puts a whole file in place or none: a crash leaves the old one.
+fn replace_file(dir: &Path, name: &str, text: &str) -> Result<(), DataDirError> {
+    let temporary = dir.join(temporary(name));
+    let path = dir.join(name);
+    File::create(&temporary)
+        .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))
+        .map_err(at("write", &temporary))?;
+    fs::rename(&temporary, &path).map_err(at("put in place", &path))?;
+    sync_folder(dir)
+}
+
+fn sync_folder(dir: &Path) -> Result<(), DataDirError> {
+    File::open(dir).and_then(|folder| folder.sync_all()).map_err(at("sync the directory", dir))
+}
+
+fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DataDirError {
+    let path = path.to_owned();
+    move |source| DataDirError::Io { action, path, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(dir: &Path) -> NodeConfig {
+        NodeConfig { data_dir: dir.join("data"), shards: 2, ..NodeConfig::default() }
+    }
+
+    #[test]
+    fn a_new_directory_is_made_and_opened_again_as_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config(folder.path());
+        let first = DataDir::open(&config).unwrap();
+        assert!(first.is_new());
+        assert_eq!(first.format().incarnation.len(), 32);
+        assert!(first.shard(ShardId(1)).ends_with("shard-001") && first.shard(ShardId(1)).is_dir());
+        let format = first.format().clone();
+        drop(first);
+        let second = DataDir::open(&config).unwrap();
+        assert!(!second.is_new());
+        assert_eq!(*second.format(), format);
+    }
+
+    #[test]
+    fn a_second_node_on_the_directory_is_refused_with_the_pid_of_the_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config(folder.path());
+        assert_eq!(holder(&config.data_dir), None);
+        let first = DataDir::open(&config).unwrap();
+        let error = DataDir::open(&config).unwrap_err();
+        assert!(error.to_string().contains(&format!("pid {}", std::process::id())), "{error}");
+        assert_eq!(holder(&config.data_dir), Some(Some(std::process::id())));
+        drop(first);
+        assert_eq!(holder(&config.data_dir), None);
+        DataDir::open(&config).unwrap();
+    }
+
+    #[test]
+    fn directories_of_another_format_node_or_shard_count_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config(folder.path());
+        drop(DataDir::open(&config).unwrap());
+        let other = NodeConfig { node_id: 2, ..config.clone() };
+        assert!(matches!(DataDir::open(&other), Err(DataDirError::OtherNode { found: 1, configured: 2, .. })));
+        let other = NodeConfig { shards: 3, ..config.clone() };
+        assert!(matches!(DataDir::open(&other), Err(DataDirError::OtherShards { found: 2, configured: 3, .. })));
+        let file = config.data_dir.join(FORMAT_FILE);
+        fs::write(&file, r#"{"format":7,"cells":[]}"#).unwrap();
+        assert!(matches!(DataDir::open(&config), Err(DataDirError::OtherFormat { found: 7, .. })));
+        for damaged in ["", "{", "{}", r#"{"format":1}"#, "\u{0}"] {
+            fs::write(&file, damaged).unwrap();
+            assert!(matches!(DataDir::open(&config), Err(DataDirError::Damaged { .. })), "{damaged}");
+        }
+        fs::write(&file, [0xff, 0xfe]).unwrap();
+        assert!(matches!(DataDir::open(&config), Err(DataDirError::Damaged { .. })));
+    }
+
+    #[test]
+    fn a_folder_of_somebody_else_is_not_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config(folder.path());
+        fs::create_dir_all(&config.data_dir).unwrap();
+        fs::write(config.data_dir.join("letters.txt"), "dear").unwrap();
+        assert!(matches!(DataDir::open(&config), Err(DataDirError::Foreign { .. })));
+        assert_eq!(fs::read_to_string(config.data_dir.join("letters.txt")).unwrap(), "dear");
+    }
+
+    #[test]
+    fn a_start_that_was_cut_short_is_taken_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config(folder.path());
+        fs::create_dir_all(&config.data_dir).unwrap();
+        fs::write(config.data_dir.join(LOCK_FILE), "1\n").unwrap();
+        fs::write(config.data_dir.join("format.json.tmp"), "{\"for").unwrap();
+        assert!(DataDir::open(&config).unwrap().is_new());
+    }
+
+    #[test]
+    fn ports_are_written_and_read_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config(folder.path());
+        let dir = DataDir::open(&config).unwrap();
+        assert_eq!(read_ports(dir.path()).unwrap(), None);
+        let ports = Ports {
+            listen: "127.0.0.1:4000".parse().unwrap(),
+            shards: vec![4001, 4002],
+            admin: "127.0.0.1:4003".parse().unwrap(),
+        };
+        dir.write_ports(&ports).unwrap();
+        assert_eq!(read_ports(dir.path()).unwrap(), Some(ports));
+    }
+}

@@ -1,0 +1,368 @@
+//! Group commit: from staged entries to durable, readable, indexed ones.
+//!
+//! One task does it all, in this order: give back what completed, then start what may start. A flush starts at once
+//! when none is in flight; while some are, another starts only when enough is staged to be worth a write of its own.
+//! So one writer alone waits for nobody, and many writers share a write without a timer.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use crate::block::{BlockWriter, ExtentKind};
+use crate::index::{Covered, ExtentRow, IndexBatch};
+use crate::io::{ALIGNMENT, Io};
+use crate::journal::Completed;
+use crate::pool::{self, Block};
+use crate::stage::Group;
+use crate::state::{RowChange, StateBatch};
+use crate::store::{FlushError, FlushSink, Inner};
+
+/// An index batch goes out when it has this many extents,
+const INDEX_EXTENTS_MIN: usize = 1024;
+/// or the journal grew by this much,
+const INDEX_BYTES_MIN: u64 = 8 << 20;
+/// or at the next round of housekeeping.
+pub(crate) const HOUSEKEEPING: Duration = Duration::from_millis(500);
+/// The index is made durable after this long, if anything changed, so that dead segments can be used again.
+const INDEX_FLUSH_INTERVAL: Duration = Duration::from_secs(10);
+/// Partitions looked at in one round of housekeeping before others may run.
+const HOUSEKEEPING_BITE: usize = 256;
+
+/// A block in flight.
+pub(crate) struct Flushing<I: Io, T> {
+    group: Group<T>,
+    block: Block<I>,
+}
+
+/// What the next index batch has, and how the last ones went.
+pub(crate) struct Indexing {
+    pub(crate) batch: Box<IndexBatch>,
+    /// Partitions whose rows changed.
+    pub(crate) touched: Vec<u32>,
+    /// Where the journal goes on after the last completed block.
+    pub(crate) covered: Covered,
+    /// The last completed block that the index has.
+    pub(crate) indexed_sequence: u64,
+    /// Journal bytes since the last batch and since the last flush of the index.
+    pub(crate) bytes: u64,
+    pub(crate) unflushed_bytes: u64,
+    pub(crate) changed: bool,
+    pub(crate) unflushed: bool,
+    pub(crate) flushed_at: Duration,
+    pub(crate) generation: u64,
+    pub(crate) wanted: bool,
+    pub(crate) flush_wanted: bool,
+}
+
+impl<I: Io, T: 'static> Inner<I, T> {
+    pub(crate) async fn run_flusher(self: Rc<Self>, sink: Rc<RefCell<dyn FlushSink<T>>>) {
+        let mut row = Vec::new();
+        while !self.stopped.get() {
+            self.woken.notified().await;
+            loop {
+                let completed = self.complete(&sink);
+                let started = self.start_flush(&mut row);
+                if !completed && !started {
+                    break;
+                }
+                drava_runtime::yield_if_needed().await;
+            }
+        }
+    }
+
+    /// Gives back one block, or all of them after a failure. `false`: there is none.
+    fn complete(&self, sink: &Rc<RefCell<dyn FlushSink<T>>>) -> bool {
+        match self.journal.completed() {
+            None => {
+                if let Some(error) = self.journal.failed().filter(|_| !self.staging.borrow().is_empty()) {
+                    self.fail_staged(&error, sink);
+                }
+                false
+            }
+            Some(Ok(completed)) => {
+                let mut group = self.settle(completed);
+                if !group.tokens.is_empty() {
+                    sink.borrow_mut().flushed(&mut group.tokens);
+                    assert!(group.tokens.is_empty(), "the sink drains its tokens");
+                }
+                for waiter in group.waiters.drain(..) {
+                    waiter.send(());
+                }
+                self.staging.borrow_mut().recycle(group);
+                self.progress.notify_all();
+                true
+            }
+            Some(Err((error, mut flushing))) => {
+                tracing::error!(shard = self.config.shard.0, error = %error, "a flush failed; the shard takes no more entries");
+                sink.borrow_mut().failed(&mut flushing.group.tokens, &error);
+                self.fail_staged(&error, sink);
+                self.progress.notify_all();
+                true
+            }
+        }
+    }
+
+    fn fail_staged(&self, error: &FlushError, sink: &Rc<RefCell<dyn FlushSink<T>>>) {
+        // Blocks in flight come first: their tokens are older.
+        while let Some(Err((error, mut flushing))) = self.journal.completed() {
+            sink.borrow_mut().failed(&mut flushing.group.tokens, &error);
+        }
+        loop {
+            let group = self.staging.borrow_mut().take_front();
+            let Some(mut group) = group else { break };
+            sink.borrow_mut().failed(&mut group.tokens, error);
+        }
+        self.in_flight_bytes.set(0);
+        self.progress.notify_all();
+    }
+
+    /// Makes the entries of a durable block readable and notes what the index must learn.
+    fn settle(&self, completed: Completed<Flushing<I, T>>) -> Group<T> {
+        let Flushing { mut group, block } = completed.payload;
+        let placement = completed.placement;
+        let sequence = placement.id.sequence;
+        let mut figures = self.figures.get();
+        figures.flushes += 1;
+        figures.flushed_bytes += completed.block_bytes;
+        figures.flush_micros_total += completed.took.as_micros() as u64;
+        self.in_flight_bytes.set(self.in_flight_bytes.get() - group.body_bytes as u64);
+
+        let mut partitions = self.partitions.borrow_mut();
+        let mut indexing = self.indexing.borrow_mut();
+        let indexing = &mut *indexing;
+        let mut cache = self.cache.borrow_mut();
+        if indexing.generation != placement.id.generation {
+            indexing.generation = placement.id.generation;
+            indexing.batch.generations.push((placement.segment, placement.id.generation));
+        }
+        let data = group.extents.iter().filter(|extent| extent.header.kind == ExtentKind::Data).count() as u32;
+        cache.insert(sequence, Rc::new(block), data);
+        let mut live_bytes = 0;
+        for index in 0..group.extents.len() {
+            let extent = &group.extents[index];
+            let partition = &mut partitions.list[extent.partition_index as usize];
+            if !partition.touched {
+                partition.touched = true;
+                indexing.touched.push(extent.partition_index);
+            }
+            if extent.header.kind == ExtentKind::Data {
+                let header = &extent.header;
+                let row = ExtentRow {
+                    ledger: header.ledger.sequence,
+                    first_offset: header.base_offset,
+                    next_offset: header.next_offset(),
+                    segment: placement.segment,
+                    position: placement.position + extent.position as u64,
+                    in_block: extent.position,
+                    body_bytes: header.body_bytes,
+                    first_entry: header.first_entry,
+                    entry_count: header.entry_count,
+                    max_append_time_ms: header.max_append_time_ms,
+                    block_sequence: sequence,
+                };
+                partition.extend(row);
+                let first_cached = cache.first_sequence();
+                partition.limit_cache(row.body_bytes as u64, first_cached, |sequence| cache.release(sequence));
+                partition.trim_tail(cache.first_sequence(), indexing.indexed_sequence);
+                indexing.batch.extents.push((partition.partition, row));
+                live_bytes += row.body_bytes as u64;
+                continue;
+            }
+            let batch = &mut indexing.batch;
+            group.take_rows(index, |change| match change {
+                RowChange::Put { key, value } => batch.state.push((partition.partition, key, Some(value))),
+                RowChange::Delete { key } => batch.state.push((partition.partition, key, None)),
+                RowChange::Trim(trim) => {
+                    figures.ledgers_deleted += partition.trim(&trim);
+                    batch.trims.push(trim);
+                }
+                RowChange::Drop => {
+                    figures.ledgers_deleted += partition.ledgers.count() as u64;
+                    partition.ledgers = Default::default();
+                    partition.tail = Default::default();
+                    batch.dropped.push(partition.partition);
+                }
+            });
+        }
+        self.journal.add_live(placement.segment, live_bytes);
+        indexing.covered = Covered { end: completed.end, sealed: false };
+        indexing.changed = true;
+        indexing.bytes += completed.block_bytes;
+        indexing.unflushed_bytes += completed.block_bytes;
+        if INDEX_EXTENTS_MIN <= indexing.batch.extents.len() || INDEX_BYTES_MIN <= indexing.bytes {
+            indexing.wanted = true;
+            self.index_woken.notify();
+        }
+        self.figures.set(figures);
+        group
+    }
+
+    /// Writes the oldest group if it may go now.
+    fn start_flush(&self, row: &mut Vec<u8>) -> bool {
+        let mut staging = self.staging.borrow_mut();
+        let Some(body_bytes) = staging.front_bytes() else { return false };
+        let in_flight = self.journal.in_flight();
+        let enough = in_flight == 0 || self.config.flush_bytes_min as u64 <= staging.bytes();
+        if !enough || self.config.flushes_in_flight_max <= in_flight {
+            return false;
+        }
+        let mut block_bytes = pool::class_bytes(body_bytes);
+        let mut placement = self.journal.place(block_bytes as u64);
+        if placement.is_none() && self.journal.has_room(block_bytes as u64) {
+            // The next segment is being made ready.
+            return false;
+        }
+        if placement.is_none() {
+            // A full disk: the exact size may still fit.
+            block_bytes = body_bytes.next_multiple_of(ALIGNMENT);
+            placement = self.journal.place(block_bytes as u64);
+        }
+        let Some(placement) = placement else { return false };
+        let mut group = staging.take_front().expect("it was looked at");
+        drop(staging);
+        self.in_flight_bytes.set(self.in_flight_bytes.get() + group.body_bytes as u64);
+        let mut buffer = self.pool.take(block_bytes);
+        let bytes = Rc::get_mut(&mut buffer).expect("the pool gives what nobody else holds").as_mut();
+        let mut writer = BlockWriter::new(bytes, placement.id.sequence);
+        group.write(&mut writer, row);
+        let crc = writer.finish(&placement.id);
+        let block = Block::new(buffer.clone(), self.pool.clone());
+        self.journal.write(placement, buffer, crc, Flushing { group, block });
+        true
+    }
+
+    /// Sends index batches, one at a time; while the thread is busy the next one gathers.
+    pub(crate) async fn run_indexer(self: Rc<Self>, sink: Rc<RefCell<dyn FlushSink<T>>>) {
+        while !self.stopped.get() {
+            self.index_woken.notified().await;
+            if self.indexing.borrow().wanted && !self.journal.is_failed() {
+                let flush_due = {
+                    let indexing = self.indexing.borrow();
+                    indexing.flush_wanted || self.config.index_flush_bytes <= indexing.unflushed_bytes
+                };
+                if let Err(error) = self.send_index_batch(Some(&sink), flush_due, false).await {
+                    tracing::error!(shard = self.config.shard.0, error = %error, "the index failed; the shard takes no more entries");
+                    self.journal.fail(error);
+                }
+            }
+        }
+    }
+
+    /// Brings the index up to the last completed block.
+    pub(crate) async fn send_index_batch(
+        &self,
+        sink: Option<&Rc<RefCell<dyn FlushSink<T>>>>,
+        flush: bool,
+        sealed: bool,
+    ) -> Result<(), FlushError> {
+        // The sink may call the store, so nothing of it is borrowed here.
+        let mut state = StateBatch::default();
+        if let Some(sink) = sink {
+            sink.borrow_mut().collect_state(&mut state);
+        }
+        let (batch, unflushed_bytes, covered_sequence) = {
+            let mut partitions = self.partitions.borrow_mut();
+            let mut indexing = self.indexing.borrow_mut();
+            let indexing = &mut *indexing;
+            let mut batch = std::mem::take(&mut indexing.batch);
+            batch.state.append(&mut state.rows);
+            for index in indexing.touched.drain(..) {
+                let partition = &mut partitions.list[index as usize];
+                partition.touched = false;
+                if partition.deleted {
+                    continue;
+                }
+                batch.partitions.push((partition.partition, partition.row()));
+            }
+            // Every ledger that an extent of this batch belongs to, once.
+            let mut last = None;
+            for (id, extent) in &batch.extents {
+                if last == Some((*id, extent.ledger)) {
+                    continue;
+                }
+                last = Some((*id, extent.ledger));
+                let Some(&index) = partitions.by_id.get(id) else { continue };
+                let partition = &partitions.list[index as usize];
+                if let Some(row) = partition.ledgers.row(extent.ledger) {
+                    batch.ledgers.push((partition.ledger(extent.ledger), row));
+                }
+            }
+            batch.ledgers.sort_unstable_by_key(|(ledger, _)| *ledger);
+            batch.ledgers.dedup_by_key(|(ledger, _)| *ledger);
+            batch.covered = Covered { sealed, ..indexing.covered };
+            batch.flush = flush;
+            indexing.wanted = false;
+            indexing.flush_wanted = false;
+            indexing.changed = false;
+            indexing.unflushed |= !flush;
+            indexing.bytes = 0;
+            let unflushed_bytes = std::mem::take(&mut indexing.unflushed_bytes);
+            (batch, unflushed_bytes, indexing.covered.end.next_sequence.saturating_sub(1))
+        };
+        let applied = self.index.apply(batch).await.map_err(|error| FlushError::Index(error.to_string()))?;
+        for (segment, bytes) in applied.released {
+            self.journal.remove_live(segment, bytes);
+        }
+        let mut figures = self.figures.get();
+        figures.index_batches += 1;
+        self.figures.set(figures);
+        let mut indexing = self.indexing.borrow_mut();
+        indexing.indexed_sequence = indexing.indexed_sequence.max(covered_sequence);
+        if applied.flushed {
+            indexing.flushed_at = self.io.now();
+            indexing.unflushed = false;
+            drop(indexing);
+            self.journal.set_covered(covered_sequence);
+        } else {
+            indexing.unflushed_bytes += unflushed_bytes;
+        }
+        Ok(())
+    }
+
+    /// What is due by the clock: retention, ledgers that grow old, index batches, memory.
+    pub(crate) async fn run_housekeeping(self: Rc<Self>) {
+        let mut next = 0;
+        while !self.stopped.get() {
+            self.io.sleep(HOUSEKEEPING).await;
+            if self.stopped.get() {
+                break;
+            }
+            let now_ms = self.io.wall_clock_ms();
+            let count = self.partitions.borrow().list.len();
+            let mut looked = 0;
+            while looked < count {
+                for _ in 0..HOUSEKEEPING_BITE.min(count - looked) {
+                    self.tidy(next % count, now_ms);
+                    next = (next + 1) % count;
+                    looked += 1;
+                }
+                drava_runtime::yield_if_needed().await;
+            }
+            self.backlog.expire(self.io.now());
+            let mut indexing = self.indexing.borrow_mut();
+            let flush_due = (indexing.unflushed || indexing.changed)
+                && indexing.flushed_at + INDEX_FLUSH_INTERVAL <= self.io.now();
+            if indexing.changed || flush_due {
+                indexing.wanted = true;
+                indexing.flush_wanted |= flush_due;
+                self.index_woken.notify();
+            }
+        }
+    }
+
+    fn tidy(&self, index: usize, now_ms: u64) {
+        let indexed_sequence = self.indexing.borrow().indexed_sequence;
+        let first_cached = self.cache.borrow().first_sequence();
+        let mut partitions = self.partitions.borrow_mut();
+        let partition = &mut partitions.list[index];
+        partition.trim_tail(first_cached, indexed_sequence);
+        if self.journal.is_failed() {
+            return;
+        }
+        let Some(trim) = partition.expired(now_ms) else { return };
+        partition.trimming = true;
+        let id = partition.partition;
+        self.staging.borrow_mut().row(id, index as u32, RowChange::Trim(trim), &mut partition.state_chain);
+        self.woken.notify();
+    }
+}

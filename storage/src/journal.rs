@@ -1,0 +1,591 @@
+//! The journal: blocks, one after the other, in segments that are used again.
+//!
+//! The owner asks where the next block goes ([`Journal::place`]), fills a buffer and hands it over ([`Journal::write`]).
+//! Several writes may be in flight; [`Journal::completed`] gives them back strictly in order, so a block counts only
+//! when all before it do. After a failed write nothing counts any more: what reached the disk is not known.
+//!
+//! A task ([`Journal::run`]) has the next segment ready before it is needed: a dead one, a spare, or a new one.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::io;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+use drava_protocol::ShardId;
+use drava_runtime::local::{Broadcast, Notify};
+
+use crate::block::BlockId;
+use crate::io::{ALIGNMENT, File, Io};
+use crate::segment::{self, SegmentHeader, SegmentId};
+use crate::store::FlushError;
+
+/// Sealed segments kept open for readers.
+const OPEN_SEALED_MAX: usize = 64;
+/// Spare segments are filled only after the journal has been quiet for this long.
+const QUIET: Duration = Duration::from_millis(200);
+/// How long to wait before trying again to make a segment on a full or failing disk.
+const RETRY: Duration = Duration::from_millis(500);
+const FILL_BYTES: usize = 1 << 20;
+
+#[derive(Clone, Debug)]
+pub(crate) struct JournalConfig {
+    pub(crate) dir: PathBuf,
+    pub(crate) shard: ShardId,
+    pub(crate) segment_bytes: u64,
+    pub(crate) segments_spare: usize,
+    pub(crate) disk_reserve_bytes: u64,
+}
+
+/// A segment as it was found or is now.
+#[derive(Debug)]
+pub(crate) struct Segment<F> {
+    /// 0: not used yet.
+    pub(crate) generation: u64,
+    pub(crate) bytes: u64,
+    pub(crate) file: Option<Rc<F>>,
+    /// Bytes of extents that somebody may still read.
+    pub(crate) live_bytes: u64,
+    /// The highest block in it, once it is sealed.
+    pub(crate) last_sequence: u64,
+    pub(crate) role: Role,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    Spare,
+    Prepared,
+    Active,
+    Sealed,
+}
+
+/// Where the journal goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct JournalEnd {
+    pub(crate) segment: SegmentId,
+    pub(crate) generation: u64,
+    pub(crate) position: u64,
+    pub(crate) next_sequence: u64,
+    pub(crate) previous_crc: u32,
+}
+
+/// Where a block goes and what its header says.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Placement {
+    pub(crate) id: BlockId,
+    pub(crate) segment: SegmentId,
+    pub(crate) position: u64,
+}
+
+pub(crate) struct Completed<P> {
+    pub(crate) placement: Placement,
+    pub(crate) block_bytes: u64,
+    /// Where the journal goes on after this block.
+    pub(crate) end: JournalEnd,
+    pub(crate) took: Duration,
+    pub(crate) payload: P,
+}
+
+struct InFlight<P> {
+    completed: Completed<P>,
+    started: Duration,
+    result: Option<Result<(), FlushError>>,
+}
+
+pub(crate) struct Journal<I: Io, P> {
+    io: I,
+    config: JournalConfig,
+    state: RefCell<State<I, P>>,
+    /// Told when a write ended or a segment became ready.
+    woken: Rc<Notify>,
+    wanted: Notify,
+    stopped: Cell<bool>,
+    /// Writes that the disk has not answered.
+    writing: Cell<usize>,
+    answered: Broadcast,
+}
+
+struct State<I: Io, P> {
+    segments: Vec<Option<Segment<I::File>>>,
+    active: Option<(SegmentId, u64)>,
+    prepared: Option<SegmentId>,
+    segment_wanted: bool,
+    next_sequence: u64,
+    durable_sequence: u64,
+    previous_crc: u32,
+    generation: u64,
+    in_flight: VecDeque<InFlight<P>>,
+    failed: Option<FlushError>,
+    full: bool,
+    /// Blocks up to this one need no replay any more.
+    covered_sequence: u64,
+    /// Sealed segments that are open, oldest first.
+    opened: VecDeque<SegmentId>,
+    recycled: u64,
+    written_at: Duration,
+}
+
+impl<I: Io, P: 'static> Journal<I, P> {
+    /// A journal over the segments found, which goes on at `end`; `None` when nothing was ever written.
+    pub(crate) fn new(
+        io: I,
+        config: JournalConfig,
+        mut segments: Vec<Option<Segment<I::File>>>,
+        end: Option<JournalEnd>,
+        woken: Rc<Notify>,
+    ) -> Journal<I, P> {
+        let generation = segments.iter().flatten().map(|segment| segment.generation).max().unwrap_or(0);
+        let mut active = None;
+        if let Some(end) = end {
+            let slot = segments.get_mut(end.segment.0 as usize).and_then(Option::as_mut);
+            if let Some(segment) = slot.filter(|segment| segment.generation == end.generation) {
+                segment.role = Role::Active;
+                active = Some((end.segment, end.position));
+            }
+        }
+        let next_sequence = end.map_or(1, |end| end.next_sequence);
+        Journal {
+            io,
+            config,
+            state: RefCell::new(State {
+                segments,
+                active,
+                prepared: None,
+                segment_wanted: false,
+                next_sequence,
+                durable_sequence: next_sequence - 1,
+                previous_crc: end.map_or(0, |end| end.previous_crc),
+                generation,
+                in_flight: VecDeque::new(),
+                failed: None,
+                full: false,
+                covered_sequence: 0,
+                opened: VecDeque::new(),
+                recycled: 0,
+                written_at: Duration::ZERO,
+            }),
+            woken,
+            wanted: Notify::default(),
+            stopped: Cell::new(false),
+            writing: Cell::new(0),
+            answered: Broadcast::default(),
+        }
+    }
+
+    /// Where a block of `block_bytes` would go now. `None`: no segment is ready yet; the owner is woken when one is.
+    pub(crate) fn place(&self, block_bytes: u64) -> Option<Placement> {
+        let mut state = self.state.borrow_mut();
+        let state = &mut *state;
+        if state.failed.is_some() {
+            return None;
+        }
+        if let Some((id, position)) = state.active {
+            let segment = state.segments[id.0 as usize].as_mut().expect("the active segment exists");
+            if position + block_bytes <= segment.bytes {
+                return Some(state.placement(self.config.shard, id, position));
+            }
+        }
+        let Some(next) = state.prepared.take() else {
+            state.segment_wanted = true;
+            self.wanted.notify();
+            return None;
+        };
+        if let Some((id, _)) = state.active.take() {
+            let last_sequence = state.next_sequence - 1;
+            let segment = state.segments[id.0 as usize].as_mut().expect("the active segment exists");
+            segment.role = Role::Sealed;
+            segment.last_sequence = last_sequence;
+            state.opened.push_back(id);
+            state.close_some();
+        }
+        state.segments[next.0 as usize].as_mut().expect("a prepared segment exists").role = Role::Active;
+        state.active = Some((next, segment::HEADER_BYTES));
+        state.segment_wanted = false;
+        self.wanted.notify();
+        Some(state.placement(self.config.shard, next, segment::HEADER_BYTES))
+    }
+
+    /// Starts writing a block where [`Journal::place`] said, with nothing placed in between. `crc` is its checksum.
+    pub(crate) fn write(self: &Rc<Self>, placement: Placement, buffer: Rc<I::Buffer>, crc: u32, payload: P) {
+        let block_bytes = (*buffer).as_ref().len() as u64;
+        let mut state = self.state.borrow_mut();
+        assert!(placement.id.sequence == state.next_sequence, "block {} is next", state.next_sequence);
+        assert!(state.active == Some((placement.segment, placement.position)), "placed somewhere else");
+        let end = JournalEnd {
+            segment: placement.segment,
+            generation: placement.id.generation,
+            position: placement.position + block_bytes,
+            next_sequence: placement.id.sequence + 1,
+            previous_crc: crc,
+        };
+        state.active = Some((end.segment, end.position));
+        state.next_sequence = end.next_sequence;
+        state.previous_crc = crc;
+        let started = self.io.now();
+        state.written_at = started;
+        let file = state.segments[placement.segment.0 as usize].as_ref().and_then(|segment| segment.file.clone());
+        let file = file.expect("the active segment is open");
+        state.in_flight.push_back(InFlight {
+            completed: Completed { placement, block_bytes, end, took: Duration::ZERO, payload },
+            started,
+            result: None,
+        });
+        if !state.segment_wanted && state.prepared.is_none() {
+            self.wanted.notify();
+        }
+        drop(state);
+        self.writing.set(self.writing.get() + 1);
+        let journal = self.clone();
+        self.io.spawn(async move {
+            let result = file.write_at(buffer, placement.position).await.map_err(|error| FlushError::Write {
+                segment: placement.segment.0,
+                position: placement.position,
+                message: error.to_string(),
+            });
+            journal.ended(placement.id.sequence, result);
+        });
+    }
+
+    fn ended(&self, sequence: u64, result: Result<(), FlushError>) {
+        let now = self.io.now();
+        let mut state = self.state.borrow_mut();
+        state.written_at = now;
+        let entry = state.in_flight.iter_mut().find(|entry| entry.completed.placement.id.sequence == sequence);
+        // Absent when a write before it failed and all were given up.
+        if let Some(entry) = entry {
+            entry.completed.took = now.saturating_sub(entry.started);
+            entry.result = Some(result);
+        }
+        drop(state);
+        self.writing.set(self.writing.get() - 1);
+        self.answered.notify_all();
+        self.woken.notify();
+    }
+
+    /// Waits until the disk has answered every write.
+    pub(crate) async fn quiesced(&self) {
+        while 0 < self.writing.get() {
+            self.answered.changed(self.answered.version()).await;
+        }
+    }
+
+    /// The next block in order that is durable. After a failure: the error once for every block that was in flight.
+    pub(crate) fn completed(&self) -> Option<Result<Completed<P>, (FlushError, P)>> {
+        let mut state = self.state.borrow_mut();
+        if let Some(error) = state.failed.clone() {
+            return state.in_flight.pop_front().map(|entry| Err((error, entry.completed.payload)));
+        }
+        let result = state.in_flight.front_mut()?.result.take()?;
+        let entry = state.in_flight.pop_front().expect("looked at above");
+        match result {
+            Ok(()) => {
+                state.durable_sequence = entry.completed.placement.id.sequence;
+                Some(Ok(entry.completed))
+            }
+            Err(error) => {
+                state.failed = Some(error.clone());
+                Some(Err((error, entry.completed.payload)))
+            }
+        }
+    }
+
+    pub(crate) fn in_flight(&self) -> usize {
+        self.state.borrow().in_flight.len()
+    }
+
+    pub(crate) fn failed(&self) -> Option<FlushError> {
+        self.state.borrow().failed.clone()
+    }
+
+    pub(crate) fn is_failed(&self) -> bool {
+        self.state.borrow().failed.is_some()
+    }
+
+    /// Ends the journal because of what happened elsewhere.
+    pub(crate) fn fail(&self, error: FlushError) {
+        self.state.borrow_mut().failed.get_or_insert(error);
+        self.woken.notify();
+    }
+
+    /// Whether `bytes` more can be placed without a segment that does not exist: `false` on a full disk.
+    pub(crate) fn has_room(&self, bytes: u64) -> bool {
+        let state = self.state.borrow();
+        if !state.full || state.prepared.is_some() {
+            return true;
+        }
+        state.active.is_some_and(|(id, position)| {
+            let segment = state.segments[id.0 as usize].as_ref().expect("the active segment exists");
+            position + bytes <= segment.bytes
+        })
+    }
+
+    /// Whether the next block has a place.
+    pub(crate) fn has_segment(&self) -> bool {
+        let state = self.state.borrow();
+        state.active.is_some() || state.prepared.is_some()
+    }
+
+    /// Blocks up to `sequence` are never replayed again: dead segments before it may be used again.
+    pub(crate) fn set_covered(&self, sequence: u64) {
+        let mut state = self.state.borrow_mut();
+        state.covered_sequence = state.covered_sequence.max(sequence);
+        drop(state);
+        self.wanted.notify();
+    }
+
+    pub(crate) fn add_live(&self, segment: SegmentId, bytes: u64) {
+        if let Some(segment) = self.state.borrow_mut().segments.get_mut(segment.0 as usize).and_then(Option::as_mut) {
+            segment.live_bytes += bytes;
+        }
+    }
+
+    pub(crate) fn remove_live(&self, segment: SegmentId, bytes: u64) {
+        if let Some(segment) = self.state.borrow_mut().segments.get_mut(segment.0 as usize).and_then(Option::as_mut) {
+            debug_assert!(bytes <= segment.live_bytes, "{bytes} of {} live bytes end", segment.live_bytes);
+            segment.live_bytes = segment.live_bytes.saturating_sub(bytes);
+        }
+    }
+
+    /// Nothing in sealed segments is live any more whose last block is at most `sequence`.
+    pub(crate) fn release_through(&self, sequence: u64) {
+        for segment in self.state.borrow_mut().segments.iter_mut().flatten() {
+            if segment.role == Role::Sealed && segment.last_sequence <= sequence {
+                segment.live_bytes = 0;
+            }
+        }
+    }
+
+    /// Segments in use, spare ones, those used again so far, and live bytes.
+    pub(crate) fn figures(&self) -> (u64, u64, u64, u64) {
+        let state = self.state.borrow();
+        let mut figures = (0, 0, state.recycled, 0);
+        for segment in state.segments.iter().flatten() {
+            match segment.role {
+                Role::Spare | Role::Prepared => figures.1 += 1,
+                Role::Active | Role::Sealed => figures.0 += 1,
+            }
+            figures.3 += segment.live_bytes;
+        }
+        figures
+    }
+
+    /// The file of a segment, opened when it is not open.
+    pub(crate) async fn file(&self, id: SegmentId) -> io::Result<Rc<I::File>> {
+        {
+            let state = self.state.borrow();
+            let segment = state.segments.get(id.0 as usize).and_then(Option::as_ref);
+            let segment = segment.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+            if let Some(file) = &segment.file {
+                return Ok(file.clone());
+            }
+        }
+        let file = Rc::new(self.io.open(&segment::path(&self.config.dir, id)).await?);
+        let mut state = self.state.borrow_mut();
+        if let Some(segment) = state.segments.get_mut(id.0 as usize).and_then(Option::as_mut) {
+            match &segment.file {
+                Some(opened) => return Ok(opened.clone()),
+                None => segment.file = Some(file.clone()),
+            }
+            state.opened.push_back(id);
+            state.close_some();
+        }
+        Ok(file)
+    }
+
+    /// Ends [`Journal::run`].
+    pub(crate) fn stop(&self) {
+        self.stopped.set(true);
+        self.wanted.notify();
+    }
+
+    /// Has a segment ready when one is needed, until [`Journal::stop`].
+    pub(crate) async fn run(self: Rc<Self>) {
+        while !self.stopped.get() && !self.is_failed() {
+            if self.needs_segment() {
+                if let Err(error) = self.prepare().await {
+                    tracing::error!(shard = self.config.shard.0, error = %error, "no journal segment could be made");
+                    self.state.borrow_mut().full = true;
+                    self.io.sleep(RETRY).await;
+                } else if self.state.borrow().full {
+                    self.io.sleep(RETRY).await;
+                }
+            } else if self.needs_spare() {
+                if !self.is_quiet() {
+                    self.io.sleep(QUIET).await;
+                } else if let Err(error) = self.fill_spare().await {
+                    tracing::warn!(shard = self.config.shard.0, error = %error, "no spare segment could be made");
+                    self.io.sleep(RETRY).await;
+                }
+            } else {
+                self.wanted.notified().await;
+            }
+        }
+    }
+
+    fn needs_segment(&self) -> bool {
+        let state = self.state.borrow();
+        if state.prepared.is_some() {
+            return false;
+        }
+        // While the active segment is nearly empty there is time to fill a spare first.
+        state.segment_wanted
+            || state.active.is_none_or(|(id, position)| {
+                let segment = state.segments[id.0 as usize].as_ref().expect("the active segment exists");
+                segment.bytes / 4 < position
+            })
+    }
+
+    fn needs_spare(&self) -> bool {
+        let state = self.state.borrow();
+        let dead = state.segments.iter().flatten().filter(|segment| state.is_dead(segment)).count();
+        let spare = state.segments.iter().flatten().filter(|segment| segment.role == Role::Spare).count();
+        !state.full && dead + spare + usize::from(state.prepared.is_some()) < self.config.segments_spare
+    }
+
+    fn is_quiet(&self) -> bool {
+        let state = self.state.borrow();
+        state.in_flight.is_empty() && state.written_at + QUIET <= self.io.now()
+    }
+
+    /// Makes the first segment of a new journal ready, or the next.
+    pub(crate) async fn prepare(&self) -> io::Result<()> {
+        let found = {
+            let mut state = self.state.borrow_mut();
+            let state = &mut *state;
+            let dead = state.segments.iter().position(|segment| {
+                segment.as_ref().is_some_and(|s| state.is_dead(s) && s.bytes == self.config.segment_bytes)
+            });
+            let spare = || {
+                state.segments.iter().position(|segment| {
+                    segment.as_ref().is_some_and(|s| s.role == Role::Spare && s.bytes == self.config.segment_bytes)
+                })
+            };
+            state.recycled += u64::from(dead.is_some());
+            dead.or_else(spare).map(|index| SegmentId(index as u32))
+        };
+        let id = match found {
+            Some(id) => id,
+            None => match self.create().await? {
+                Some(id) => id,
+                None => return Ok(()),
+            },
+        };
+        let file = self.file(id).await?;
+        let generation = {
+            let mut state = self.state.borrow_mut();
+            state.generation += 1;
+            state.generation
+        };
+        let mut buffer = self.io.buffer(ALIGNMENT);
+        segment::encode(&SegmentHeader { shard: self.config.shard, segment: id, generation }, buffer.as_mut());
+        file.write_at(Rc::new(buffer), 0).await?;
+        let mut state = self.state.borrow_mut();
+        state.opened.retain(|opened| *opened != id);
+        let segment = state.segments[id.0 as usize].as_mut().expect("found or made above");
+        segment.generation = generation;
+        segment.role = Role::Prepared;
+        segment.live_bytes = 0;
+        segment.last_sequence = 0;
+        segment.file = Some(file);
+        state.prepared = Some(id);
+        state.full = false;
+        drop(state);
+        self.woken.notify();
+        Ok(())
+    }
+
+    /// A new file. `None`: the disk has no room above the reserve.
+    async fn create(&self) -> io::Result<Option<SegmentId>> {
+        let config = &self.config;
+        let free_bytes = self.io.free_bytes(&config.dir).await?;
+        if free_bytes < config.disk_reserve_bytes.saturating_add(config.segment_bytes) {
+            let mut state = self.state.borrow_mut();
+            if !state.full {
+                tracing::error!(shard = config.shard.0, free_bytes, "the disk has no room for a journal segment");
+            }
+            state.full = true;
+            return Ok(None);
+        }
+        let id = {
+            let mut state = self.state.borrow_mut();
+            let index = state.segments.iter().position(Option::is_none).unwrap_or_else(|| {
+                state.segments.push(None);
+                state.segments.len() - 1
+            });
+            SegmentId(index as u32)
+        };
+        let path = segment::path(&config.dir, id);
+        let file = match self.io.create(&path, config.segment_bytes).await {
+            Ok(file) => file,
+            Err(error) => {
+                // A file made in part must not stand in the way of the next try.
+                drop(self.io.remove(&path).await);
+                return Err(error);
+            }
+        };
+        self.io.sync_dir(&config.dir).await?;
+        self.state.borrow_mut().segments[id.0 as usize] = Some(Segment {
+            generation: 0,
+            bytes: config.segment_bytes,
+            file: Some(Rc::new(file)),
+            live_bytes: 0,
+            last_sequence: 0,
+            role: Role::Spare,
+        });
+        Ok(Some(id))
+    }
+
+    /// Makes a spare segment and writes all of it, so that later writes change no metadata of the file system.
+    async fn fill_spare(&self) -> io::Result<()> {
+        let Some(id) = self.create().await? else {
+            return Ok(());
+        };
+        let file = self.file(id).await?;
+        let mut buffer = self.io.buffer(FILL_BYTES);
+        buffer.as_mut().fill(0);
+        let buffer = Rc::new(buffer);
+        let mut position = 0;
+        while position + (FILL_BYTES as u64) <= self.config.segment_bytes {
+            if self.stopped.get() || self.needs_segment() {
+                // It is needed before it is done; the rest is written as it is.
+                return Ok(());
+            }
+            if !self.is_quiet() {
+                self.io.sleep(QUIET / 4).await;
+                continue;
+            }
+            file.write_at(buffer.clone(), position).await?;
+            position += FILL_BYTES as u64;
+        }
+        Ok(())
+    }
+}
+
+impl<I: Io, P> State<I, P> {
+    fn placement(&self, shard: ShardId, segment: SegmentId, position: u64) -> Placement {
+        let generation = self.segments[segment.0 as usize].as_ref().expect("a placed segment exists").generation;
+        let id = BlockId {
+            shard,
+            generation,
+            sequence: self.next_sequence,
+            durable_sequence: self.durable_sequence,
+            previous_crc: self.previous_crc,
+        };
+        Placement { id, segment, position }
+    }
+
+    fn is_dead(&self, segment: &Segment<I::File>) -> bool {
+        segment.role == Role::Sealed && segment.live_bytes == 0 && segment.last_sequence <= self.covered_sequence
+    }
+
+    fn close_some(&mut self) {
+        while OPEN_SEALED_MAX < self.opened.len() {
+            let id = self.opened.pop_front().expect("longer than the limit");
+            if let Some(segment) = self.segments[id.0 as usize].as_mut().filter(|s| s.role == Role::Sealed) {
+                // Whoever reads from it or writes to it holds a reference.
+                segment.file = None;
+            }
+        }
+    }
+}

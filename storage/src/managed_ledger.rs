@@ -1,0 +1,164 @@
+//! A partition: its ledgers as one endless stream, with the newest extents in memory.
+
+use std::collections::VecDeque;
+
+use drava_protocol::{LedgerId, PartitionId};
+
+use crate::index::{ExtentRow, PartitionRow, Trim};
+use crate::ledger::{Added, Ledgers, RollPolicy, Writer};
+use crate::stage::ChainPlace;
+use crate::store::PartitionLimits;
+
+/// Extents kept in memory although the index has them and their blocks are gone from the cache.
+const TAIL_EXTENTS_MIN: usize = 8;
+
+pub(crate) struct ManagedLedger {
+    pub(crate) partition: PartitionId,
+    pub(crate) limits: PartitionLimits,
+    pub(crate) roll: RollPolicy,
+    /// The owner has opened it since the store was opened: retention runs.
+    pub(crate) opened: bool,
+    pub(crate) deleted: bool,
+    pub(crate) floor: Option<u64>,
+    pub(crate) start_offset: u64,
+    pub(crate) end_offset: u64,
+    pub(crate) next_offset: u64,
+    pub(crate) ledgers: Ledgers,
+    pub(crate) writer: Writer,
+    pub(crate) data_chain: ChainPlace,
+    pub(crate) state_chain: ChainPlace,
+    /// Durable extents, newest last, dense at the end of the partition.
+    pub(crate) tail: VecDeque<ExtentRow>,
+    /// Tail extents popped so far: makes `limited` an index that stays.
+    popped: u64,
+    /// Extents before this one were taken out of the cache by the partition's own limit.
+    limited: u64,
+    /// Bytes from `limited` on. Counted only with a limit.
+    cached_bytes: u64,
+    /// A trim is on its way through the journal.
+    pub(crate) trimming: bool,
+    /// It is in the list of those that the next index batch must write.
+    pub(crate) touched: bool,
+}
+
+impl ManagedLedger {
+    pub(crate) fn new(partition: PartitionId, row: PartitionRow, ledgers: Ledgers, roll: RollPolicy) -> ManagedLedger {
+        ManagedLedger {
+            partition,
+            limits: PartitionLimits::default(),
+            roll,
+            opened: false,
+            deleted: false,
+            floor: None,
+            start_offset: row.start_offset,
+            end_offset: row.end_offset,
+            next_offset: row.end_offset,
+            ledgers,
+            writer: Writer::after(row.last_ledger),
+            data_chain: ChainPlace::default(),
+            state_chain: ChainPlace::default(),
+            tail: VecDeque::new(),
+            popped: 0,
+            limited: 0,
+            cached_bytes: 0,
+            trimming: false,
+            touched: false,
+        }
+    }
+
+    pub(crate) fn row(&self) -> PartitionRow {
+        let last_ledger = self.ledgers.last().map_or(0, |(sequence, _)| *sequence).max(self.writer.sequence);
+        PartitionRow { start_offset: self.start_offset, end_offset: self.end_offset, last_ledger }
+    }
+
+    /// Takes the next extent, which is durable now.
+    pub(crate) fn extend(&mut self, extent: ExtentRow) {
+        assert!(self.end_offset <= extent.first_offset, "{} ends at {}: {extent:?}", self.partition, self.end_offset);
+        self.ledgers.add(&Added {
+            sequence: extent.ledger,
+            first_offset: extent.first_offset,
+            next_offset: extent.next_offset,
+            bytes: extent.body_bytes as u64,
+            entries: extent.entry_count as u64,
+            max_append_time_ms: extent.max_append_time_ms,
+        });
+        self.end_offset = extent.next_offset;
+        self.next_offset = self.next_offset.max(extent.next_offset);
+        self.tail.push_back(extent);
+    }
+
+    /// Counts an extent that the cache has; `release` is told the blocks that the partition's limit lets go.
+    pub(crate) fn limit_cache(&mut self, bytes: u64, first_cached_sequence: u64, mut release: impl FnMut(u64)) {
+        let Some(limit) = self.limits.cache_bytes else { return };
+        self.cached_bytes += bytes;
+        while limit < self.cached_bytes || self.front_is_evicted(first_cached_sequence) {
+            let index = self.limited.saturating_sub(self.popped) as usize;
+            let Some(extent) = self.tail.get(index) else { break };
+            if first_cached_sequence <= extent.block_sequence {
+                release(extent.block_sequence);
+            }
+            self.cached_bytes = self.cached_bytes.saturating_sub(extent.body_bytes as u64);
+            self.limited += 1;
+        }
+    }
+
+    fn front_is_evicted(&self, first_cached_sequence: u64) -> bool {
+        let index = self.limited.saturating_sub(self.popped) as usize;
+        self.tail.get(index).is_some_and(|extent| extent.block_sequence < first_cached_sequence)
+    }
+
+    /// Forgets extents that the index has and the cache has not.
+    pub(crate) fn trim_tail(&mut self, first_cached_sequence: u64, indexed_sequence: u64) {
+        while TAIL_EXTENTS_MIN < self.tail.len() {
+            let front = &self.tail[0];
+            if first_cached_sequence <= front.block_sequence || indexed_sequence < front.block_sequence {
+                break;
+            }
+            self.pop_tail();
+        }
+    }
+
+    fn pop_tail(&mut self) {
+        let Some(extent) = self.tail.pop_front() else { return };
+        self.popped += 1;
+        if self.limited < self.popped {
+            self.limited = self.popped;
+            self.cached_bytes = self.cached_bytes.saturating_sub(extent.body_bytes as u64);
+        }
+    }
+
+    /// The tail extent that holds `offset`, by index. `None`: it is older than the tail, or in none.
+    pub(crate) fn find(&self, offset: u64) -> Option<usize> {
+        let index = self.tail.partition_point(|extent| extent.next_offset <= offset);
+        self.tail.get(index).filter(|extent| extent.first_offset <= offset).map(|_| index)
+    }
+
+    /// The ledgers that retention lets go now.
+    pub(crate) fn expired(&mut self, now_ms: u64) -> Option<Trim> {
+        if !self.opened || self.deleted || self.trimming {
+            return None;
+        }
+        self.writer.close_old(now_ms, &self.roll);
+        let all_durable = self.end_offset == self.next_offset;
+        let first_ledger = self.ledgers.keep_from(now_ms, &self.limits, self.floor, &self.writer, all_durable)?;
+        let mut kept = self.ledgers.clone();
+        kept.trim(first_ledger);
+        let start_offset = kept.first_offset().unwrap_or(self.end_offset);
+        Some(Trim { partition: self.partition, first_ledger, start_offset })
+    }
+
+    /// Carries out a trim that is durable; returns how many ledgers went.
+    pub(crate) fn trim(&mut self, trim: &Trim) -> u64 {
+        self.trimming = false;
+        let count = self.ledgers.trim(trim.first_ledger);
+        self.start_offset = self.start_offset.max(trim.start_offset).min(self.end_offset);
+        while self.tail.front().is_some_and(|extent| extent.next_offset <= self.start_offset) {
+            self.pop_tail();
+        }
+        count
+    }
+
+    pub(crate) fn ledger(&self, sequence: u32) -> LedgerId {
+        LedgerId { partition: self.partition, sequence }
+    }
+}

@@ -1,0 +1,297 @@
+//! Opening a store: what the durable index has, then what the journal has beyond it.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use drava_protocol::PartitionId;
+use drava_runtime::local::{Broadcast, Notify};
+
+use crate::backlog::Backlog;
+use crate::block::ExtentKind;
+use crate::cache::BlockCache;
+use crate::flush::Indexing;
+use crate::index::{Covered, ExtentRow, Index, IndexBatch, IndexThread};
+use crate::io::{ALIGNMENT, Io};
+use crate::journal::{Journal, JournalConfig, JournalEnd};
+use crate::ledger::{Ledgers, RollPolicy, Writer};
+use crate::managed_ledger::ManagedLedger;
+use crate::pool::BufferPool;
+use crate::recovery::{self, Visited, open_error};
+use crate::segment::{self, SegmentId};
+use crate::stage::Staging;
+use crate::state::RowChange;
+use crate::store::{
+    Inner, OpenError, PartitionLimits, Partitions, Recovered, RecoveredPartition, ReplayedBatch, StoreConfig,
+    StoreFigures,
+};
+
+/// Free buffers kept, beyond those that the cache holds: a few of the largest.
+const POOL_FREE_BYTES_MAX: usize = 8 << 20;
+
+/// What replay makes of the blocks.
+struct Replay {
+    partitions: Partitions,
+    roll: RollPolicy,
+    state: BTreeMap<PartitionId, BTreeMap<Vec<u8>, Vec<u8>>>,
+    batches: BTreeMap<PartitionId, Vec<ReplayedBatch>>,
+    index: IndexBatch,
+    live: Vec<(SegmentId, u64)>,
+}
+
+pub(crate) async fn open<I: Io, T: 'static>(
+    io: I,
+    config: StoreConfig,
+    index: Index,
+) -> Result<(Inner<I, T>, Recovered), OpenError> {
+    validate(&config)?;
+    let started = io.now();
+    let index = IndexThread::start(index)?;
+    let loaded = index.load().await?;
+    let known = |id: SegmentId| {
+        let found = loaded.segments.iter().find(|(segment, _, live)| *segment == id && 0 < *live);
+        found.map(|(_, generation, _)| *generation)
+    };
+    let mut segments = recovery::survey(&io, &config.dir, config.shard, &known).await?;
+    for &(id, generation, live_bytes) in &loaded.segments {
+        match segments.get_mut(id.0 as usize).and_then(Option::as_mut) {
+            Some(segment) if segment.generation == generation => segment.live_bytes = live_bytes,
+            _ if live_bytes == 0 => {}
+            _ => tracing::error!(shard = config.shard.0, segment = id.0, live_bytes, "a segment with live entries is gone"),
+        }
+    }
+
+    let limits = PartitionLimits::default();
+    let roll = RollPolicy::new(config.ledger_bytes_max, config.ledger_age_max, &limits);
+    let covered = loaded.covered;
+    let mut replay = Replay {
+        partitions: Partitions::default(),
+        roll,
+        state: BTreeMap::new(),
+        batches: BTreeMap::new(),
+        index: IndexBatch::default(),
+        live: Vec::new(),
+    };
+    for (id, found) in loaded.partitions {
+        let partition = ManagedLedger::new(id, found.row, Ledgers::from_rows(found.ledgers), roll);
+        replay.partitions.by_id.insert(id, replay.partitions.list.len() as u32);
+        replay.partitions.list.push(partition);
+        replay.state.insert(id, found.state.into_iter().collect());
+    }
+    let sealed = covered.is_some_and(|covered| covered.sealed);
+    let start = covered.map(|covered| covered.end);
+    let replayed =
+        recovery::replay::<I>(config.shard, &mut segments, start, sealed, |block| replay.block(block)).await?;
+    for &(id, bytes) in &replay.live {
+        if let Some(segment) = segments[id.0 as usize].as_mut() {
+            segment.live_bytes += bytes;
+        }
+    }
+    let rebuilt = covered.is_none() && 0 < replayed.blocks;
+    let end = replayed.end.unwrap_or(JournalEnd { next_sequence: 1, ..JournalEnd::default() });
+
+    let Replay { mut partitions, state, mut batches, index: mut batch, .. } = replay;
+    let mut state = state;
+    let mut touched: Vec<(PartitionId, u32)> = batch.extents.iter().map(|(id, row)| (*id, row.ledger)).collect();
+    touched.sort_unstable();
+    touched.dedup();
+    for &(id, ledger) in &touched {
+        let Some(&slot) = partitions.by_id.get(&id) else { continue };
+        let partition = &partitions.list[slot as usize];
+        if let Some(row) = partition.ledgers.row(ledger) {
+            batch.ledgers.push((partition.ledger(ledger), row));
+        }
+    }
+    for partition in &mut partitions.list {
+        if partition.deleted {
+            continue;
+        }
+        partition.next_offset = partition.end_offset;
+        partition.writer = Writer::after(partition.row().last_ledger);
+        if 0 < replayed.blocks {
+            batch.partitions.push((partition.partition, partition.row()));
+        }
+    }
+    batch.covered = Covered { end, sealed: false };
+    batch.flush = true;
+    let mut released = Vec::new();
+    if 0 < replayed.blocks || sealed {
+        // What was replayed once is not replayed again; and from here on the journal is not closed any more.
+        released = index.apply(Box::new(batch)).await?.released;
+    }
+
+    let woken = Rc::new(Notify::default());
+    let journal = Rc::new(Journal::new(
+        io.clone(),
+        JournalConfig {
+            dir: config.dir.clone(),
+            shard: config.shard,
+            segment_bytes: config.segment_bytes,
+            segments_spare: config.segments_spare,
+            disk_reserve_bytes: config.disk_reserve_bytes,
+        },
+        segments,
+        Some(end),
+        woken.clone(),
+    ));
+    for (segment, bytes) in released {
+        journal.remove_live(segment, bytes);
+    }
+    journal.set_covered(end.next_sequence - 1);
+    if !journal.has_segment() {
+        journal.prepare().await.map_err(open_error("make the first journal segment"))?;
+    }
+    let indexed_sequence = end.next_sequence - 1;
+    for partition in &mut partitions.list {
+        partition.trim_tail(end.next_sequence, indexed_sequence);
+    }
+
+    let recovered = Recovered {
+        partitions: partitions
+            .by_id
+            .iter()
+            .map(|(id, slot)| {
+                let partition = &partitions.list[*slot as usize];
+                RecoveredPartition {
+                    partition: *id,
+                    start_offset: partition.start_offset,
+                    end_offset: partition.end_offset,
+                    state: state.remove(id).unwrap_or_default().into_iter().collect(),
+                    replayed: batches.remove(id).unwrap_or_default(),
+                }
+            })
+            .collect(),
+        replayed_blocks: replayed.blocks,
+        replayed_bytes: replayed.bytes,
+        took: io.now().saturating_sub(started),
+        damaged: replayed.damaged,
+        torn: replayed.torn,
+        index_rebuilt: rebuilt,
+    };
+    let inner = Inner {
+        pool: Rc::new(BufferPool::new(io.clone(), POOL_FREE_BYTES_MAX)),
+        staging: RefCell::new(Staging::new(config.block_bytes_max)),
+        partitions: RefCell::new(partitions),
+        cache: RefCell::new(BlockCache::new(end.next_sequence, config.cache_bytes)),
+        backlog: Backlog::new(config.read_ahead_bytes),
+        indexing: RefCell::new(Indexing {
+            batch: Box::default(),
+            touched: Vec::new(),
+            covered: Covered { end, sealed: false },
+            indexed_sequence,
+            bytes: 0,
+            unflushed_bytes: 0,
+            changed: false,
+            unflushed: false,
+            flushed_at: Duration::ZERO,
+            generation: 0,
+            wanted: false,
+            flush_wanted: false,
+        }),
+        figures: Cell::new(StoreFigures::default()),
+        in_flight_bytes: Cell::new(0),
+        woken,
+        index_woken: Notify::default(),
+        progress: Broadcast::default(),
+        stopped: Cell::new(false),
+        sink: RefCell::new(None),
+        journal,
+        index,
+        config,
+        io,
+    };
+    Ok((inner, recovered))
+}
+
+fn validate(config: &StoreConfig) -> Result<(), OpenError> {
+    let check = |fine: bool, what: &str| if fine { Ok(()) } else { Err(OpenError::Config(what.into())) };
+    check(config.segment_bytes.is_multiple_of(ALIGNMENT as u64), "segment_bytes is a multiple of 4096")?;
+    check(config.segment_bytes <= u32::MAX as u64, "segment_bytes is below 4 GiB")?;
+    check(ALIGNMENT <= config.block_bytes_max, "block_bytes_max is at least 4096")?;
+    check(
+        2 * config.block_bytes_max as u64 + segment::HEADER_BYTES <= config.segment_bytes,
+        "segment_bytes holds at least two blocks of block_bytes_max",
+    )?;
+    check(0 < config.flushes_in_flight_max, "flushes_in_flight_max is at least 1")
+}
+
+impl Replay {
+    fn block(&mut self, block: &Visited<'_>) {
+        for extent in block.extents.iter().filter(|extent| extent.header.kind == ExtentKind::Data) {
+            let header = &extent.header;
+            let partition = self.partitions.get_or_insert(header.ledger.partition, self.roll);
+            let last_ledger = partition.ledgers.last().map_or(0, |(sequence, _)| *sequence);
+            if partition.deleted || header.base_offset < partition.end_offset || header.ledger.sequence < last_ledger {
+                if partition.end_offset < header.next_offset() {
+                    tracing::error!(?header, "an extent of the journal does not follow its partition; it is skipped");
+                }
+                continue;
+            }
+            if partition.end_offset == 0 && partition.ledgers.count() == 0 {
+                partition.start_offset = header.base_offset;
+            }
+            let row = ExtentRow {
+                ledger: header.ledger.sequence,
+                first_offset: header.base_offset,
+                next_offset: header.next_offset(),
+                segment: block.segment,
+                position: block.position + extent.position as u64,
+                in_block: extent.position as u32,
+                body_bytes: header.body_bytes,
+                first_entry: header.first_entry,
+                entry_count: header.entry_count,
+                max_append_time_ms: header.max_append_time_ms,
+                block_sequence: header.block_sequence,
+            };
+            partition.extend(row);
+            partition.writer = Writer::after(partition.row().last_ledger);
+            self.index.extents.push((partition.partition, row));
+            self.live.push((block.segment, row.body_bytes as u64));
+            let batches = block.batches[extent.batches.clone()].iter().map(|batch| ReplayedBatch {
+                base_offset: batch.base_offset,
+                record_count: batch.record_count,
+                append_time_ms: batch.append_time_ms,
+                producer: batch.producer,
+                producer_epoch: batch.producer_epoch,
+                base_sequence: batch.base_sequence,
+            });
+            self.batches.entry(partition.partition).or_default().extend(batches);
+        }
+        // A partition's last row may drop it, whatever comes before it in the block.
+        for extent in block.extents.iter().filter(|extent| extent.header.kind == ExtentKind::State) {
+            let id = extent.header.ledger.partition;
+            RowChange::decode_all(id, extent.body(block.bytes), |change| self.change(id, change));
+        }
+        self.index.generations.push((block.segment, block.header.id.generation));
+        self.index.generations.dedup();
+    }
+
+    fn change(&mut self, id: PartitionId, change: RowChange) {
+        let partition = self.partitions.get_or_insert(id, self.roll);
+        match change {
+            RowChange::Put { key, value } => {
+                self.state.entry(id).or_default().insert(key.clone(), value.clone());
+                self.index.state.push((id, key, Some(value)));
+            }
+            RowChange::Delete { key } => {
+                self.state.entry(id).or_default().remove(&key);
+                self.index.state.push((id, key, None));
+            }
+            RowChange::Trim(trim) => {
+                partition.end_offset = partition.end_offset.max(trim.start_offset);
+                partition.trim(&trim);
+                self.index.trims.push(trim);
+            }
+            RowChange::Drop => {
+                partition.deleted = true;
+                partition.ledgers = Ledgers::default();
+                partition.tail.clear();
+                self.partitions.by_id.remove(&id);
+                self.state.remove(&id);
+                self.batches.remove(&id);
+                self.index.dropped.push(id);
+            }
+        }
+    }
+}

@@ -1,0 +1,495 @@
+//! Reading a journal back: which segments there are, and what was written after a known block.
+//!
+//! Replay follows the chain: the next block has the next sequence, the generation of its segment and the checksum of
+//! the block before it. Where the chain ends there is either nothing more (a torn tail at most), or damage:
+//!
+//! - Acks go out in order, and each block says up to which block all was durable when it was written. So a bad block
+//!   that a later one calls durable was once whole: that is damage, and what it held may have been acknowledged. Its
+//!   range is skipped, reported, and never written over while the segment lives.
+//! - A bad block that no later one calls durable was never acknowledged: the journal goes on in its place. Blocks that
+//!   were in flight behind it cannot come back, because they do not chain to what is written there.
+
+use std::path::Path;
+use std::rc::Rc;
+
+use drava_protocol::{ShardId, batch};
+
+use crate::block::{self, BlockHeader, EXTENT_HEADER_BYTES, ExtentHeader, ExtentKind};
+use crate::io::{ALIGNMENT, File, Io};
+use crate::journal::{JournalEnd, Role, Segment};
+use crate::segment::{self, SegmentId};
+use crate::store::{DamagedRange, OpenError, TornTail};
+
+const CHUNK_BYTES: usize = 1 << 20;
+const WINDOW_BYTES_MIN: usize = 256 << 10;
+const WINDOW_BYTES_MAX: usize = 8 << 20;
+/// In a segment behind that of a bad block, the first whole block is looked for up to here.
+const LOOK_AHEAD_BYTES: u64 = 4 << 20;
+/// Segment headers read at a time.
+const SURVEY_IN_FLIGHT: usize = 32;
+
+pub(crate) fn open_error(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> OpenError {
+    let what = what.into();
+    move |source| OpenError::Io { what, source }
+}
+
+/// Opens the directory and reads the header of every segment. Segments whose header cannot be believed have
+/// generation 0: nothing is read from them and they are used again, unless `known` has a generation for them.
+pub(crate) async fn survey<I: Io>(
+    io: &I,
+    dir: &Path,
+    shard: ShardId,
+    known: &dyn Fn(SegmentId) -> Option<u64>,
+) -> Result<Vec<Option<Segment<I::File>>>, OpenError> {
+    io.create_dir(dir).await.map_err(open_error(format!("make {}", dir.display())))?;
+    let files = io.list(dir).await.map_err(open_error(format!("list {}", dir.display())))?;
+    let mut found: Vec<(SegmentId, u64)> =
+        files.iter().filter_map(|(path, bytes)| Some((segment::parse_name(path)?, *bytes))).collect();
+    found.sort_unstable();
+    let mut segments: Vec<Option<Segment<I::File>>> = Vec::new();
+    for group in found.chunks(SURVEY_IN_FLIGHT) {
+        let reads: Vec<_> = group
+            .iter()
+            .map(|&(id, bytes)| {
+                let path = segment::path(dir, id);
+                async move {
+                    if bytes < 2 * segment::HEADER_BYTES || bytes % (ALIGNMENT as u64) != 0 {
+                        // It was being made when the node stopped.
+                        io.remove(&path).await.map_err(open_error(format!("remove {}", path.display())))?;
+                        return Ok(None);
+                    }
+                    let file = io.open(&path).await.map_err(open_error(format!("open {}", path.display())))?;
+                    let head = file.read_at(0, ALIGNMENT).await;
+                    let generation = match head.as_ref().map(|head| segment::decode(head)) {
+                        Ok(Ok(None)) => 0,
+                        Ok(Ok(Some(header))) if header.shard == shard && header.segment == id => header.generation,
+                        Ok(Ok(Some(header))) => {
+                            let reason = format!("it belongs to shard {} as {}", header.shard, header.segment);
+                            return Err(OpenError::Segment { path, reason });
+                        }
+                        Ok(Err(error @ segment::SegmentError::Version(_))) => {
+                            return Err(OpenError::Segment { path, reason: error.to_string() });
+                        }
+                        Ok(Err(error)) => {
+                            tracing::error!(path = %path.display(), error = %error, "a segment header is unusable");
+                            known(id).unwrap_or(0)
+                        }
+                        Err(error) => {
+                            tracing::error!(path = %path.display(), error = %error, "a segment header is unreadable");
+                            known(id).unwrap_or(0)
+                        }
+                    };
+                    let role = if generation == 0 { Role::Spare } else { Role::Sealed };
+                    let segment =
+                        Segment { generation, bytes, file: Some(Rc::new(file)), live_bytes: 0, last_sequence: 0, role };
+                    Ok(Some((id, segment)))
+                }
+            })
+            .collect();
+        for read in all(reads).await {
+            if let Some((id, segment)) = read? {
+                let index = id.0 as usize;
+                if segments.len() <= index {
+                    segments.resize_with(index + 1, || None);
+                }
+                segments[index] = Some(segment);
+            }
+        }
+    }
+    Ok(segments)
+}
+
+/// Runs futures beside one another on this task.
+pub(crate) async fn all<F: Future>(futures: Vec<F>) -> Vec<F::Output> {
+    let mut futures: Vec<_> = futures.into_iter().map(|future| (Box::pin(future), None)).collect();
+    std::future::poll_fn(|cx| {
+        let mut pending = false;
+        for (future, output) in &mut futures {
+            if output.is_none() {
+                match future.as_mut().poll(cx) {
+                    std::task::Poll::Ready(value) => *output = Some(value),
+                    std::task::Poll::Pending => pending = true,
+                }
+            }
+        }
+        if pending { std::task::Poll::Pending } else { std::task::Poll::Ready(()) }
+    })
+    .await;
+    futures.into_iter().map(|(_, output)| output.expect("all are ready")).collect()
+}
+
+/// One block as replay gives it to its visitor.
+pub(crate) struct Visited<'a> {
+    pub(crate) segment: SegmentId,
+    pub(crate) position: u64,
+    pub(crate) header: BlockHeader,
+    pub(crate) bytes: &'a [u8],
+    pub(crate) extents: &'a [VisitedExtent],
+    /// The headers of all good batches of the block.
+    pub(crate) batches: &'a [batch::Header],
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct VisitedExtent {
+    pub(crate) header: ExtentHeader,
+    /// Of its header, from the start of the block.
+    pub(crate) position: usize,
+    /// In `Visited::batches`.
+    pub(crate) batches: std::ops::Range<usize>,
+}
+
+impl VisitedExtent {
+    pub(crate) fn body<'a>(&self, block: &'a [u8]) -> &'a [u8] {
+        let start = self.position + EXTENT_HEADER_BYTES;
+        &block[start..start + self.header.body_bytes as usize]
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Replayed {
+    pub(crate) blocks: u64,
+    pub(crate) bytes: u64,
+    pub(crate) damaged: Vec<DamagedRange>,
+    pub(crate) torn: Option<TornTail>,
+    /// Where the journal goes on; `None` when there is no segment with blocks.
+    pub(crate) end: Option<JournalEnd>,
+}
+
+/// Reads all blocks from `start` on, or all there are, and gives each to `visit`. `sealed`: the journal was closed in
+/// good order at `start`, so that nothing but a block right there can follow.
+pub(crate) async fn replay<I: Io>(
+    shard: ShardId,
+    segments: &mut [Option<Segment<I::File>>],
+    start: Option<JournalEnd>,
+    sealed: bool,
+    mut visit: impl FnMut(&Visited<'_>),
+) -> Result<Replayed, OpenError> {
+    let mut order: Vec<(u64, SegmentId)> = segments
+        .iter()
+        .enumerate()
+        .filter_map(|(index, segment)| Some((segment.as_ref()?.generation, SegmentId(index as u32))))
+        .filter(|(generation, _)| 0 < *generation)
+        .collect();
+    order.sort_unstable();
+    let mut replayed = Replayed::default();
+    let mut at = match start {
+        Some(start) => order.partition_point(|(generation, _)| *generation < start.generation),
+        None => 0,
+    };
+    if at == order.len() {
+        replayed.end = start;
+        return Ok(replayed);
+    }
+    let mut chain = Chain { sequence: start.map(|start| start.next_sequence), crc: start.map(|s| s.previous_crc) };
+    let mut position = start
+        .filter(|start| order[at] == (start.generation, start.segment))
+        .map_or(segment::HEADER_BYTES, |start| start.position);
+    let mut reader = Reader::<I::File>::open(segments, order[at], shard)?;
+    let mut block = Parsed::default();
+    loop {
+        // The end is where the last good block ended.
+        let problem = reader.block(position, &mut block).await?.and_then(|()| chain.fits(&block));
+        let Err(problem) = problem else {
+            let header = block.header.expect("parsed");
+            visit(&Visited {
+                segment: order[at].1,
+                position,
+                header,
+                bytes: &reader.window[(position - reader.start) as usize..][..header.block_bytes as usize],
+                extents: &block.extents,
+                batches: &block.batches,
+            });
+            replayed.blocks += 1;
+            replayed.bytes += header.block_bytes as u64;
+            position += header.block_bytes as u64;
+            chain = Chain { sequence: Some(header.id.sequence + 1), crc: Some(header.crc) };
+            replayed.end = Some(JournalEnd {
+                segment: order[at].1,
+                generation: order[at].0,
+                position,
+                next_sequence: header.id.sequence + 1,
+                previous_crc: header.crc,
+            });
+            seal(segments, order[at].1, header.id.sequence);
+            continue;
+        };
+        if sealed && replayed.blocks == 0 && problem == Misfit::Nothing {
+            break;
+        }
+        // A segment ends where another goes on: the next, unless that was made ready and never used.
+        let mut moved = false;
+        for (index, &next) in order.iter().enumerate().skip(at + 1) {
+            let mut next_reader = Reader::<I::File>::open(segments, next, shard)?;
+            let fits = next_reader.block(segment::HEADER_BYTES, &mut block).await?.and_then(|()| chain.fits(&block));
+            if fits.is_ok() {
+                (at, position, reader, moved) = (index, segment::HEADER_BYTES, next_reader, true);
+                break;
+            }
+        }
+        if moved {
+            continue;
+        }
+        let later = find_later(segments, &order, at, position, &chain, shard, &mut reader).await?;
+        let Some(later) = later else {
+            if problem != Misfit::Nothing {
+                replayed.torn = Some(TornTail { segment: order[at].1.0, position });
+            }
+            break;
+        };
+        let jump = later.at != at;
+        if !jump || problem == Misfit::Damaged || start.is_some() {
+            let end_position = match (jump, later.position == position) {
+                (true, _) => reader.bytes,
+                (false, true) => later.position + later.block_bytes,
+                (false, false) => later.position,
+            };
+            tracing::error!(
+                shard = shard.0,
+                segment = order[at].1.0,
+                start_position = position,
+                end_position,
+                "a part of the journal is damaged; it is skipped"
+            );
+            replayed.damaged.push(DamagedRange { segment: order[at].1.0, start_position: position, end_position });
+        }
+        if jump {
+            at = later.at;
+            reader = Reader::<I::File>::open(segments, order[at], shard)?;
+        }
+        position = later.position;
+        chain = Chain { sequence: Some(later.sequence), crc: None };
+    }
+    if replayed.end.is_none() {
+        replayed.end = start.or(Some(JournalEnd {
+            segment: order[at].1,
+            generation: order[at].0,
+            position: segment::HEADER_BYTES,
+            next_sequence: 1,
+            previous_crc: 0,
+        }));
+    }
+    // What was read may still be on its way to the disk, written by a process that is gone.
+    for &(_, id) in &order[at..] {
+        if let Some(file) = segments[id.0 as usize].as_ref().and_then(|segment| segment.file.clone()) {
+            file.sync().await.map_err(open_error(format!("sync segment {id}")))?;
+        }
+    }
+    // Segments made ready behind the end hold nothing.
+    for &(_, id) in &order[(at + 1).min(order.len())..] {
+        if let Some(segment) = segments[id.0 as usize].as_mut() {
+            segment.role = Role::Spare;
+        }
+    }
+    Ok(replayed)
+}
+
+fn seal<F>(segments: &mut [Option<Segment<F>>], id: SegmentId, sequence: u64) {
+    if let Some(segment) = segments[id.0 as usize].as_mut() {
+        segment.last_sequence = sequence;
+    }
+}
+
+/// What the next block must continue; `None` where that is not known.
+struct Chain {
+    sequence: Option<u64>,
+    crc: Option<u32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Misfit {
+    /// No block of this use of the segment: its end, most of the time.
+    Nothing,
+    /// Something of this use is there, and it is not whole.
+    Damaged,
+}
+
+impl Chain {
+    fn fits(&self, block: &Parsed) -> Result<(), Misfit> {
+        let header = block.header.as_ref().ok_or(Misfit::Nothing)?;
+        if self.sequence.is_some_and(|sequence| header.id.sequence < sequence) {
+            return Err(Misfit::Nothing);
+        }
+        if self.sequence.is_some_and(|sequence| sequence != header.id.sequence) {
+            return Err(Misfit::Damaged);
+        }
+        if self.crc.is_some_and(|crc| crc != header.id.previous_crc) {
+            return Err(Misfit::Nothing);
+        }
+        if block.damaged && self.crc.is_some() { Err(Misfit::Damaged) } else { Ok(()) }
+    }
+}
+
+struct Later {
+    at: usize,
+    position: u64,
+    block_bytes: u64,
+    sequence: u64,
+}
+
+/// The first whole block behind a bad one, if a block behind it says that the bad one was durable.
+async fn find_later<F: File>(
+    segments: &[Option<Segment<F>>],
+    order: &[(u64, SegmentId)],
+    at: usize,
+    bad_position: u64,
+    chain: &Chain,
+    shard: ShardId,
+    reader: &mut Reader<F>,
+) -> Result<Option<Later>, OpenError> {
+    let Some(expected) = chain.sequence else {
+        return Ok(None);
+    };
+    let mut first = None;
+    let mut block = Parsed::default();
+    let mut other;
+    for index in at..order.len() {
+        let (reader, mut position) = if index == at {
+            (&mut *reader, bad_position)
+        } else {
+            other = Reader::<F>::open(segments, order[index], shard)?;
+            (&mut other, segment::HEADER_BYTES)
+        };
+        while position + (block::HEADER_BYTES as u64) < reader.bytes {
+            if index != at && first.is_none() && LOOK_AHEAD_BYTES < position {
+                break;
+            }
+            let found = reader.block(position, &mut block).await?;
+            let header = match (&found, &block.header) {
+                // A block whose batches are bad is a block all the same.
+                (Ok(()), Some(header)) if expected <= header.id.sequence => *header,
+                _ => {
+                    position += ALIGNMENT as u64;
+                    continue;
+                }
+            };
+            if first.is_none() && (position != bad_position || index != at || block.damaged) {
+                first = Some(Later {
+                    at: index,
+                    position,
+                    block_bytes: header.block_bytes as u64,
+                    sequence: header.id.sequence,
+                });
+            }
+            // In a rebuild, segments before this one may have been used again: then nothing is missing here.
+            if expected <= header.id.durable_sequence {
+                return Ok(first);
+            }
+            position += header.block_bytes as u64;
+        }
+    }
+    Ok(None)
+}
+
+/// A block taken apart.
+#[derive(Default)]
+struct Parsed {
+    header: Option<BlockHeader>,
+    extents: Vec<VisitedExtent>,
+    batches: Vec<batch::Header>,
+    /// The block is good and the inside of some batch is not.
+    damaged: bool,
+}
+
+/// Reads one segment forward, in large pieces.
+struct Reader<F> {
+    file: Rc<F>,
+    segment: SegmentId,
+    generation: u64,
+    shard: ShardId,
+    bytes: u64,
+    /// Position of the window in the segment.
+    start: u64,
+    window: Vec<u8>,
+    read_bytes: usize,
+}
+
+impl<F: File> Reader<F> {
+    fn open(
+        segments: &[Option<Segment<F>>],
+        (generation, segment): (u64, SegmentId),
+        shard: ShardId,
+    ) -> Result<Reader<F>, OpenError> {
+        let found = segments[segment.0 as usize].as_ref().expect("listed above");
+        let file = found.file.clone().expect("survey leaves segments open");
+        let bytes = found.bytes;
+        Ok(Reader {
+            file,
+            segment,
+            generation,
+            shard,
+            bytes,
+            start: 0,
+            window: Vec::new(),
+            read_bytes: WINDOW_BYTES_MIN,
+        })
+    }
+
+    /// Reads the block at `position` into `block`. The outer error is the disk's.
+    async fn block(&mut self, position: u64, block: &mut Parsed) -> Result<Result<(), Misfit>, OpenError> {
+        block.header = None;
+        block.damaged = false;
+        block.extents.clear();
+        block.batches.clear();
+        if self.bytes < position + ALIGNMENT as u64 {
+            return Ok(Err(Misfit::Nothing));
+        }
+        let header = match block::header(self.at(position, block::HEADER_BYTES).await?) {
+            Ok(header) => header,
+            Err(_) => return Ok(Err(Misfit::Nothing)),
+        };
+        if header.id.generation != self.generation
+            || header.id.shard != self.shard
+            || self.bytes < position + header.block_bytes as u64
+        {
+            return Ok(Err(Misfit::Nothing));
+        }
+        let bytes = self.at(position, header.block_bytes as usize).await?;
+        if block::check(bytes).is_err() {
+            return Ok(Err(Misfit::Damaged));
+        }
+        for extent in block::extents(&header, bytes) {
+            let (extent, start) = extent.expect("the block was checked");
+            let first = block.batches.len();
+            let mut visited = VisitedExtent { header: extent, position: start, batches: first..first };
+            if extent.kind == ExtentKind::Data {
+                let batches = &mut block.batches;
+                let bad = block::check_batches(&extent, visited.body(bytes), |header, _| batches.push(*header));
+                block.damaged |= !bad.is_empty();
+                visited.batches.end = block.batches.len();
+            }
+            block.extents.push(visited);
+        }
+        block.header = Some(header);
+        Ok(Ok(()))
+    }
+
+    async fn at(&mut self, position: u64, bytes: usize) -> Result<&[u8], OpenError> {
+        let have_end = self.start + self.window.len() as u64;
+        if position < self.start || have_end < position + bytes as u64 {
+            if position < self.start || have_end <= position {
+                self.window.clear();
+                self.start = position;
+            } else {
+                self.window.drain(..(position - self.start) as usize);
+                self.start = position;
+            }
+            let from = self.start + self.window.len() as u64;
+            let wanted = (bytes - self.window.len()).max(self.read_bytes).next_multiple_of(ALIGNMENT) as u64;
+            let to = (from + wanted).min(self.bytes);
+            self.read_bytes = (self.read_bytes * 2).min(WINDOW_BYTES_MAX);
+            let reads = (from..to)
+                .step_by(CHUNK_BYTES)
+                .map(|chunk| self.file.read_at(chunk, CHUNK_BYTES.min((to - chunk) as usize)))
+                .collect();
+            for read in all(reads).await {
+                let read = read.map_err(open_error(format!("read segment {}", self.segment)))?;
+                self.window.extend_from_slice(&read);
+            }
+        }
+        let start = (position - self.start) as usize;
+        self.window.get(start..start + bytes).ok_or_else(|| OpenError::Io {
+            what: format!("read segment {}", self.segment),
+            source: std::io::ErrorKind::UnexpectedEof.into(),
+        })
+    }
+}

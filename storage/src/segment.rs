@@ -1,0 +1,95 @@
+//! Segments: the files of a journal. Each starts with a header of 4096 bytes; blocks follow.
+//!
+//! A segment is used many times. Each use has a generation of its own, higher than all before it in the same journal,
+//! so that blocks of an earlier use are told from those of this one. Source: `storage/README.md`, "Segment".
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use drava_protocol::ShardId;
+
+use crate::io::ALIGNMENT;
+
+pub const MAGIC: [u8; 4] = *b"DRVS";
+pub const VERSION: u16 = 1;
+/// Where the first block starts.
+pub const HEADER_BYTES: u64 = ALIGNMENT as u64;
+const CHECKED_BYTES: usize = 28;
+const EXTENSION: &str = "segment";
+
+/// A file of the journal, by number: the same over all its uses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SegmentId(pub u32);
+
+impl fmt::Display for SegmentId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SegmentHeader {
+    pub shard: ShardId,
+    pub segment: SegmentId,
+    pub generation: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SegmentError {
+    #[error("the file is not a segment")]
+    Magic,
+    #[error("segment version {0} is not known; this side knows {VERSION}")]
+    Version(u16),
+    #[error("the segment header is damaged")]
+    Checksum,
+}
+
+pub fn encode(header: &SegmentHeader, out: &mut [u8]) {
+    out.fill(0);
+    out[0..4].copy_from_slice(&MAGIC);
+    out[4..6].copy_from_slice(&VERSION.to_le_bytes());
+    out[6..8].copy_from_slice(&header.shard.0.to_le_bytes());
+    out[8..16].copy_from_slice(&header.generation.to_le_bytes());
+    out[16..20].copy_from_slice(&header.segment.0.to_le_bytes());
+    let crc = crc32c::crc32c(&out[..CHECKED_BYTES]);
+    out[28..32].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// `None`: all zeros, a segment that was made and not used yet.
+pub fn decode(bytes: &[u8]) -> Result<Option<SegmentHeader>, SegmentError> {
+    let Some(h) = bytes.first_chunk::<32>() else {
+        return Err(SegmentError::Magic);
+    };
+    if h.iter().all(|&byte| byte == 0) {
+        return Ok(None);
+    }
+    if h[0..4] != MAGIC {
+        return Err(SegmentError::Magic);
+    }
+    let version = u16::from_le_bytes([h[4], h[5]]);
+    if version != VERSION {
+        return Err(SegmentError::Version(version));
+    }
+    if crc32c::crc32c(&h[..CHECKED_BYTES]) != u32::from_le_bytes([h[28], h[29], h[30], h[31]]) {
+        return Err(SegmentError::Checksum);
+    }
+    let mut generation = [0; 8];
+    generation.copy_from_slice(&h[8..16]);
+    Ok(Some(SegmentHeader {
+        shard: ShardId(u16::from_le_bytes([h[6], h[7]])),
+        segment: SegmentId(u32::from_le_bytes([h[16], h[17], h[18], h[19]])),
+        generation: u64::from_le_bytes(generation),
+    }))
+}
+
+pub fn path(dir: &Path, segment: SegmentId) -> PathBuf {
+    dir.join(format!("{:08}.{EXTENSION}", segment.0))
+}
+
+/// The number in a file name that [`path`] made.
+pub fn parse_name(path: &Path) -> Option<SegmentId> {
+    if path.extension()? != EXTENSION {
+        return None;
+    }
+    path.file_stem()?.to_str()?.parse().ok().map(SegmentId)
+}

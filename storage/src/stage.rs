@@ -1,0 +1,276 @@
+//! What is staged for the next blocks.
+//!
+//! A group becomes one block. Its entries are chained per ledger as they come, so that writing them out side by side
+//! needs no sorting and no lookup: a partition remembers its extent in the newest group.
+
+use std::collections::VecDeque;
+
+use drava_protocol::frame::padded;
+use drava_protocol::{LedgerId, PartitionId};
+use drava_runtime::chunk::Slice;
+use drava_runtime::local::OneshotSender;
+
+use crate::block::{self, BlockWriter, ExtentHeader, ExtentKind};
+use crate::index::Trim;
+use crate::state::RowChange;
+
+/// Ends a chain.
+const NONE: u32 = u32::MAX;
+/// Emptied groups kept for their memory.
+const FREE_MAX: usize = 8;
+
+pub(crate) struct StagedEntry {
+    pub(crate) bytes: Slice,
+    pub(crate) base_offset: u64,
+    pub(crate) append_time_ms: u64,
+    next: u32,
+}
+
+pub(crate) struct StagedRow {
+    pub(crate) change: RowChange,
+    next: u32,
+}
+
+/// The entries or rows of one ledger in a group.
+#[derive(Clone, Debug)]
+pub(crate) struct StagedExtent {
+    /// Index of the partition in the store.
+    pub(crate) partition_index: u32,
+    pub(crate) header: ExtentHeader,
+    head: u32,
+    tail: u32,
+    /// Of the header, from the start of the block. Known once the block is written.
+    pub(crate) position: u32,
+}
+
+/// Where a partition's last extent of a kind is.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ChainPlace {
+    /// 0: nowhere.
+    group: u64,
+    extent: u32,
+}
+
+pub(crate) struct Group<T> {
+    number: u64,
+    pub(crate) entries: Vec<StagedEntry>,
+    pub(crate) rows: Vec<StagedRow>,
+    pub(crate) extents: Vec<StagedExtent>,
+    pub(crate) tokens: Vec<T>,
+    /// Told when the group is durable.
+    pub(crate) waiters: Vec<OneshotSender<()>>,
+    /// The block's header and all extents.
+    pub(crate) body_bytes: usize,
+}
+
+impl<T> Group<T> {
+    fn new() -> Group<T> {
+        Group {
+            number: 0,
+            entries: Vec::new(),
+            rows: Vec::new(),
+            extents: Vec::new(),
+            tokens: Vec::new(),
+            waiters: Vec::new(),
+            body_bytes: block::HEADER_BYTES,
+        }
+    }
+
+    /// Writes header-less content of the block; remembers where each extent starts.
+    pub(crate) fn write(&mut self, writer: &mut BlockWriter<'_>, row: &mut Vec<u8>) {
+        for extent in &mut self.extents {
+            extent.position = writer.position() as u32;
+            writer.extent(&extent.header);
+            let mut next = extent.head;
+            while next != NONE {
+                if extent.header.kind == ExtentKind::Data {
+                    let entry = &self.entries[next as usize];
+                    writer.batch(&entry.bytes, entry.base_offset, entry.append_time_ms);
+                    next = entry.next;
+                } else {
+                    let staged = &self.rows[next as usize];
+                    row.clear();
+                    staged.change.encode(row);
+                    writer.checked(row);
+                    next = staged.next;
+                }
+            }
+        }
+        // The bytes are copied: whoever received them may have the memory back.
+        self.entries.clear();
+    }
+}
+
+pub(crate) struct Staging<T> {
+    groups: VecDeque<Group<T>>,
+    free: Vec<Group<T>>,
+    block_bytes_max: usize,
+    last_number: u64,
+    /// Body bytes of all groups.
+    bytes: u64,
+}
+
+impl<T> Staging<T> {
+    pub(crate) fn new(block_bytes_max: usize) -> Staging<T> {
+        Staging { groups: VecDeque::new(), free: Vec::new(), block_bytes_max, last_number: 0, bytes: 0 }
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.groups.is_empty()
+    }
+
+    /// What the next block takes, without padding.
+    pub(crate) fn front_bytes(&self) -> Option<usize> {
+        self.groups.front().map(|group| group.body_bytes)
+    }
+
+    pub(crate) fn take_front(&mut self) -> Option<Group<T>> {
+        let group = self.groups.pop_front()?;
+        self.bytes -= group.body_bytes as u64;
+        Some(group)
+    }
+
+    /// Takes a group back for its memory.
+    pub(crate) fn recycle(&mut self, mut group: Group<T>) {
+        if FREE_MAX <= self.free.len() {
+            return;
+        }
+        group.entries.clear();
+        group.rows.clear();
+        group.extents.clear();
+        group.tokens.clear();
+        group.waiters.clear();
+        group.body_bytes = block::HEADER_BYTES;
+        self.free.push(group);
+    }
+
+    /// The newest group, or a new one, with room for `bytes` and an extent header.
+    fn group_for(&mut self, bytes: usize) -> &mut Group<T> {
+        let need = bytes + block::EXTENT_HEADER_BYTES;
+        let fits = self.groups.back().is_some_and(|group| group.body_bytes + need <= self.block_bytes_max);
+        if !fits {
+            self.last_number += 1;
+            let mut group = self.free.pop().unwrap_or_else(Group::new);
+            group.number = self.last_number;
+            self.bytes += group.body_bytes as u64;
+            self.groups.push_back(group);
+        }
+        self.groups.back_mut().expect("there is one now")
+    }
+
+    pub(crate) fn entry(&mut self, new: NewStaged, chain: &mut ChainPlace, token: T) {
+        let body_bytes = padded(new.bytes.len());
+        let group = self.group_for(body_bytes);
+        let before = group.body_bytes;
+        let index = group.entries.len() as u32;
+        group.entries.push(StagedEntry {
+            bytes: new.bytes,
+            base_offset: new.base_offset,
+            append_time_ms: new.append_time_ms,
+            next: NONE,
+        });
+        group.tokens.push(token);
+        let known = chain.group == group.number;
+        let extent = group.extents.get_mut(chain.extent as usize).filter(|e| known && e.header.ledger == new.ledger);
+        if let Some(extent) = extent {
+            group.entries[extent.tail as usize].next = index;
+            extent.tail = index;
+            extent.header.body_bytes += body_bytes as u32;
+            extent.header.entry_count += 1;
+            extent.header.record_count += new.record_count as u64;
+            extent.header.max_append_time_ms = extent.header.max_append_time_ms.max(new.append_time_ms);
+        } else {
+            *chain = ChainPlace { group: group.number, extent: group.extents.len() as u32 };
+            group.extents.push(StagedExtent {
+                partition_index: new.partition_index,
+                header: ExtentHeader {
+                    kind: ExtentKind::Data,
+                    body_bytes: body_bytes as u32,
+                    ledger: new.ledger,
+                    first_entry: new.entry,
+                    entry_count: 1,
+                    base_offset: new.base_offset,
+                    record_count: new.record_count as u64,
+                    max_append_time_ms: new.append_time_ms,
+                    block_sequence: 0,
+                },
+                head: index,
+                tail: index,
+                position: 0,
+            });
+            group.body_bytes += block::EXTENT_HEADER_BYTES;
+        }
+        group.body_bytes += body_bytes;
+        self.bytes += (group.body_bytes - before) as u64;
+    }
+
+    pub(crate) fn row(
+        &mut self,
+        partition: PartitionId,
+        partition_index: u32,
+        change: RowChange,
+        chain: &mut ChainPlace,
+    ) -> &mut Group<T> {
+        let body_bytes = change.encoded_bytes();
+        let group = self.group_for(body_bytes);
+        let before = group.body_bytes;
+        let index = group.rows.len() as u32;
+        group.rows.push(StagedRow { change, next: NONE });
+        let known = chain.group == group.number;
+        if let Some(extent) = group.extents.get_mut(chain.extent as usize).filter(|_| known) {
+            group.rows[extent.tail as usize].next = index;
+            extent.tail = index;
+            extent.header.body_bytes += body_bytes as u32;
+            extent.header.entry_count += 1;
+        } else {
+            *chain = ChainPlace { group: group.number, extent: group.extents.len() as u32 };
+            group.extents.push(StagedExtent {
+                partition_index,
+                header: ExtentHeader {
+                    kind: ExtentKind::State,
+                    body_bytes: body_bytes as u32,
+                    ledger: LedgerId { partition, sequence: 0 },
+                    first_entry: 0,
+                    entry_count: 1,
+                    base_offset: 0,
+                    record_count: 0,
+                    max_append_time_ms: 0,
+                    block_sequence: 0,
+                },
+                head: index,
+                tail: index,
+                position: 0,
+            });
+            group.body_bytes += block::EXTENT_HEADER_BYTES;
+        }
+        group.body_bytes += body_bytes;
+        self.bytes += (group.body_bytes - before) as u64;
+        self.groups.back_mut().expect("the group of this row")
+    }
+}
+
+pub(crate) struct NewStaged {
+    pub(crate) partition_index: u32,
+    pub(crate) ledger: LedgerId,
+    pub(crate) entry: u64,
+    pub(crate) bytes: Slice,
+    pub(crate) base_offset: u64,
+    pub(crate) record_count: u32,
+    pub(crate) append_time_ms: u64,
+}
+
+impl<T> Group<T> {
+    /// The rows of one state extent, in order, handed out.
+    pub(crate) fn take_rows(&mut self, extent_index: usize, mut visit: impl FnMut(RowChange)) {
+        let mut next = self.extents[extent_index].head;
+        while next != NONE {
+            let row = &mut self.rows[next as usize];
+            visit(std::mem::replace(&mut row.change, RowChange::Trim(Trim::default())));
+            next = row.next;
+        }
+    }
+}
