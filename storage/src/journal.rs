@@ -426,7 +426,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 }
             } else if self.needs_spare() {
                 if !self.is_quiet() {
-                    self.io.sleep(QUIET).await;
+                    self.wanted_or(QUIET).await;
                 } else if let Err(error) = self.fill_spare().await {
                     tracing::warn!(shard = self.config.shard.0, error = %error, "no spare segment could be made");
                     self.io.sleep(RETRY).await;
@@ -435,6 +435,11 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 self.wanted.notified().await;
             }
         }
+    }
+
+    /// Waits for `time`, or until somebody wants a segment: under load one lasts for milliseconds.
+    async fn wanted_or(&self, time: Duration) {
+        futures_lite::future::or(self.wanted.notified(), self.io.sleep(time)).await;
     }
 
     fn needs_segment(&self) -> bool {
@@ -607,7 +612,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 return Ok(());
             }
             if !self.is_quiet() {
-                self.io.sleep(QUIET / 4).await;
+                self.wanted_or(QUIET / 4).await;
                 continue;
             }
             file.write_at(buffer.clone(), position).await?;
