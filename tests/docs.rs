@@ -20,7 +20,11 @@ fn hold(path: &Path, found: &str, expected: &str) {
         fs::write(path, expected).unwrap();
         return;
     }
-    assert!(found == expected, "{} is out of date: DRAVA_WRITE_DOCS=1 cargo test --release --test docs", path.display());
+    assert!(
+        found == expected,
+        "{} is out of date: DRAVA_WRITE_DOCS=1 cargo test --release --test docs",
+        path.display()
+    );
 }
 
 #[test]
