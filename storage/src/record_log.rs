@@ -110,7 +110,7 @@ impl<I: Io> RecordLog<I> {
         let mut start = 1;
         let mut next_record = 1;
         let mut gap = None;
-        let replayed = recovery::replay::<I>(SHARD, &mut segments, None, false, |block: &Visited<'_>| {
+        let replayed = recovery::replay(&io, dir, SHARD, &mut segments, None, false, |block: &Visited<'_>| {
             live.push(block.segment);
             for extent in block.extents {
                 let body = extent.body(block.bytes);
@@ -143,7 +143,9 @@ impl<I: Io> RecordLog<I> {
         next_record = next_record.max(start);
         records.retain(|(position, _)| start <= position.0);
         let first = records.first().map_or(next_record, |(position, _)| position.0);
-        if let Some((expected, found)) = gap.filter(|(_, found)| start < *found).or((first != start).then_some((start, first))) {
+        if let Some((expected, found)) =
+            gap.filter(|(_, found)| start < *found).or((first != start).then_some((start, first)))
+        {
             let reason = format!("record {expected} should follow, {found} does");
             return Err(OpenError::Segment { path: dir.to_owned(), reason });
         }
@@ -298,7 +300,7 @@ impl<I: Io> Inner<I> {
         let Some(placement) = self.journal.place(bytes as u64) else { return };
         let appends: Vec<Append> = staged.drain(..count).collect();
         drop(staged);
-        let mut buffer = self.pool.take(bytes);
+        let mut buffer = self.pool.take_exact(bytes);
         let out = Rc::get_mut(&mut buffer).expect("the pool gives what nobody else holds").as_mut();
         let mut writer = BlockWriter::new(out, placement.id.sequence);
         let trim = RowChange::Trim(Trim { partition: LEDGER.partition, first_ledger: 0, start_offset: start });

@@ -71,7 +71,7 @@ fn damage_in_the_middle_is_skipped_and_the_rest_served() {
                 let slot = slot(&f, 1);
                 let (batches, damaged) = f.read_all(slot, 0).await;
                 assert_eq!(batches[..5], [(0, 0), (1, 1), (3, 3), (4, 4), (5, 5)], "flipped at {at}");
-                assert_eq!(damaged, [2..3], "flipped at {at}");
+                assert_eq!((damaged.len(), &damaged[0]), (1, &(2..3)), "flipped at {at}");
                 let next = f.store.span(slot).next_offset;
                 f.append(slot, next, 1, 100);
                 f.flushed(1).await;
@@ -104,7 +104,7 @@ fn a_flipped_byte_in_a_batch_costs_that_batch_alone() {
             assert_eq!(f.recovered.damaged.len(), usize::from(replayed));
             let slot = slot(&f, 1);
             let (batches, damaged) = f.read_all(slot, 0).await;
-            assert_eq!(damaged, [14..16]);
+            assert_eq!((damaged.len(), &damaged[0]), (1, &(14..16)));
             let expected: Vec<_> = (0..15).filter(|&seed| seed != 7).map(|seed| (seed * 2, seed)).collect();
             assert_eq!(batches, expected);
             f.store.seal().await.unwrap();

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use drava_protocol::batch::{self, Builder, NewRecord, Seal};
 use drava_protocol::frame::{self, Decoded};
 use drava_protocol::message::{
-    self, CreateTopic, Fetch, Fetched, Hello, Kind, Lookup, Message, Publish, Published, Topic, TopicPolicy, Welcome,
+    self, CreateTopic, Fetch, Hello, Kind, Lookup, Message, Publish, Published, Topic, TopicPolicy,
 };
 
 /// How long anything may take before a test gives up. Generous: the machine may be busy, and no test measures time.

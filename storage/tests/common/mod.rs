@@ -235,6 +235,10 @@ impl Io for FaultyIo {
     async fn sleep(&self, time: Duration) {
         self.disk.sleep(time).await;
     }
+
+    async fn yield_if_needed(&self) {
+        self.disk.yield_if_needed().await;
+    }
 }
 
 impl drava_storage::io::File for FaultyFile {
