@@ -128,7 +128,10 @@ fn nothing_acknowledged_is_lost_over_rounds_of_kill_9() {
             let mut offsets = BTreeMap::new();
             for (offset, (id, sequence)) in &stored {
                 if *id == producer.id {
-                    assert_eq!(*sequence, expected_sequence, "producer {id} at offset {offset}: lost, doubled or reordered");
+                    assert_eq!(
+                        *sequence, expected_sequence,
+                        "producer {id} at offset {offset}: lost, doubled or reordered"
+                    );
                     expected_sequence += 1;
                     offsets.insert(*sequence, *offset);
                 }
@@ -140,7 +143,9 @@ fn nothing_acknowledged_is_lost_over_rounds_of_kill_9() {
         }
     }
     let duplicates: u64 = producers.iter().map(|producer| producer.duplicates).sum();
-    println!("{rounds} rounds of kill -9: {checked} acknowledged messages checked, {duplicates} batches answered as duplicates");
+    println!(
+        "{rounds} rounds of kill -9: {checked} acknowledged messages checked, {duplicates} batches answered as duplicates"
+    );
     assert!(rounds * 200 <= checked, "the load was too small to prove anything");
 }
 
@@ -170,4 +175,3 @@ fn read_sequences(wire: &mut Wire, partition: u64) -> BTreeMap<u64, (u64, u64)> 
         offset = fetched.next_offset;
     }
 }
-

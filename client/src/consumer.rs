@@ -195,11 +195,16 @@ impl Consumer {
                     Err(source) => {
                         let (partition, offset) = (current.partition, current.position);
                         self.current = None;
+                        // An ack of what comes after would move the cursor past what was never read.
+                        self.lanes.retain(|lane| lane.index != partition);
                         return Err(SubscribeError::Batch { partition, offset, source });
                     }
                 }
             }
             let chunk = self.chunks.recv().await.ok_or(SubscribeError::Closed)??;
+            if self.lanes.iter().all(|lane| lane.index != chunk.partition) {
+                continue;
+            }
             self.current = Some(Current {
                 partition: chunk.partition,
                 position: chunk.position,
@@ -391,7 +396,7 @@ impl Lane {
                         tracing::debug!(topic = %self.topic, partition = self.index, %error, "could not subscribe again");
                         tokio::select! {
                             () = tokio::time::sleep(backoff.pause()) => {}
-                            () = chunks.closed() => return,
+                            () = chunks.closed() => return reply(requests, CallError::Disconnected.into()).await,
                         }
                         continue;
                     }
@@ -424,18 +429,14 @@ impl Lane {
         mut requests: mpsc::Receiver<LaneRequest>,
         chunks: &mpsc::Sender<Result<Chunk, SubscribeError>>,
     ) {
-        let request = tokio::select! {
+        tokio::select! {
             biased;
-            request = requests.recv() => request,
+            request = requests.recv() => respond(request, error),
             permit = chunks.reserve() => match permit {
-                Ok(permit) => return permit.send(Err(error)),
+                Ok(permit) => permit.send(Err(error)),
                 // It is closing, and will ask how that went.
-                Err(_) => requests.recv().await,
+                Err(_) => reply(requests, error).await,
             },
-        };
-        if let Some(LaneRequest::Flush(done) | LaneRequest::Close(done)) = request {
-            // Whoever asked may have stopped waiting.
-            drop(done.send(Err(error)));
         }
     }
 
@@ -564,6 +565,18 @@ impl Lane {
             tracing::debug!(%error, "could not close a consumer");
         }
         Left::Over
+    }
+}
+
+/// Tells the error to whoever asks next, if anybody does before the consumer is gone.
+async fn reply(mut requests: mpsc::Receiver<LaneRequest>, error: SubscribeError) {
+    respond(requests.recv().await, error);
+}
+
+fn respond(request: Option<LaneRequest>, error: SubscribeError) {
+    if let Some(LaneRequest::Flush(done) | LaneRequest::Close(done)) = request {
+        // Whoever asked may have stopped waiting.
+        drop(done.send(Err(error)));
     }
 }
 

@@ -12,6 +12,7 @@ use drava_protocol::message::{Fetch, Locate, PartitionPlace, Place};
 use drava_protocol::topic::TopicName;
 use drava_protocol::{ErrorCode, Retry};
 use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 
 use crate::client::Inner;
 use crate::connection::Connection;
@@ -102,10 +103,9 @@ impl ReaderBuilder {
             });
         }
         let (fetched, chunks) = mpsc::channel(FETCHED_MAX * lanes.len());
-        for lane in lanes {
-            tokio::spawn(lane.run(fetched.clone()));
-        }
-        Ok(Reader { chunks, current: None })
+        let spawn = |lane: Lane| (lane.index, tokio::spawn(lane.run(fetched.clone())).abort_handle());
+        let lanes = lanes.into_iter().map(spawn).collect();
+        Ok(Reader { chunks, current: None, lanes })
     }
 
     /// The offset to start from, and the one to end before.
@@ -156,6 +156,8 @@ pub(crate) fn chosen(
 pub struct Reader {
     chunks: mpsc::Receiver<Result<Chunk, ReadError>>,
     current: Option<(Chunk, Unpacker)>,
+    /// The partitions that are read on, and their tasks.
+    lanes: Vec<(u32, AbortHandle)>,
 }
 
 /// What one fetch brought.
@@ -180,6 +182,9 @@ impl Reader {
             }
             let Some(chunk) = self.chunks.recv().await else { return Ok(None) };
             let chunk = chunk?;
+            if self.lanes.iter().all(|(partition, _)| *partition != chunk.partition) {
+                continue;
+            }
             let unpacker = Unpacker::new(chunk.partition, chunk.position, chunk.payload.clone(), UNPACKED_BYTES_MAX);
             self.current = Some((chunk, unpacker));
         }
@@ -194,6 +199,9 @@ impl Reader {
             Err(source) => {
                 let (partition, offset) = (chunk.partition, chunk.position);
                 self.current = None;
+                for (_, task) in self.lanes.extract_if(.., |(index, _)| *index == partition) {
+                    task.abort();
+                }
                 return Err(ReadError::Batch { partition, offset, source });
             }
         }

@@ -862,4 +862,49 @@ mod tests {
         event(&mut session, &frame(&Done {}, id.0, &[]));
         assert_eq!(session.receive(&deliver(40)), Err(SessionError::UnknownConsumer(5)));
     }
+
+    #[test]
+    fn damaged_streams_end_in_errors_and_never_ask_for_more_than_the_limits() {
+        use rand::{RngExt, SeedableRng};
+        let mut random = rand::rngs::StdRng::seed_from_u64(4);
+        let place =
+            message::PartitionPlace { partition: 1, index: 0, node: 1, shard: 0, host: "localhost".into(), port: 1 };
+        for _ in 0..20_000 {
+            let mut session = open();
+            let mut out = Vec::new();
+            let published_id = session.publish(1, &[1; 10], (), &mut out).unwrap();
+            let lookup = session.request(&message::Lookup { name: "/a/b/c".into() }, (), &mut out).unwrap();
+            let topic = message::Topic {
+                topic: 1,
+                name: "/a/b/c".into(),
+                policy: message::TopicPolicy::default(),
+                partitions: vec![place.clone(), place.clone()],
+            };
+            let mut stream = published(published_id, 3);
+            stream.extend(frame(&topic, lookup.0, &[]));
+            for _ in 0..random.random_range(1..4) {
+                let position = random.random_range(0..stream.len());
+                stream[position] = random.random();
+            }
+            // Damage of bodies is tried, too, and not only caught by the checksum of their frame.
+            if random.random() {
+                let body_bytes = u32::from_le_bytes(stream[16..20].try_into().unwrap()) as usize;
+                if body_bytes <= stream.len() - frame::HEADER_BYTES {
+                    frame::set_owner_port(&mut stream, 0);
+                }
+            }
+            let mut done = 0;
+            loop {
+                match session.receive(&stream[done..]) {
+                    Ok(Received::Event { consumed, .. }) => done += consumed,
+                    Ok(Received::NeedBytes(bytes)) => {
+                        let bytes_max = frame::HEADER_BYTES + frame::BODY_BYTES_MAX as usize + 4096;
+                        assert!(bytes <= bytes_max, "{bytes} of at most {bytes_max}");
+                        break;
+                    }
+                    Err(_) => break,
+                }
+            }
+        }
+    }
 }

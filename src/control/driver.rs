@@ -33,6 +33,9 @@ use super::shards::{ShardLate, Shards, within};
 use crate::shard::command::ShardCommand;
 use crate::shard::stats::ShardStats;
 
+/// The metadata group may be waiting for room on a full disk, and has acknowledged nothing of what waits.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
+
 #[derive(Clone, Debug)]
 pub struct ControlConfig {
     pub group: GroupConfig,
@@ -123,7 +126,9 @@ where
     stop.stop();
     // The admin answers what it has under way; it bounds that itself.
     within(core.drain_timeout, admin).await;
-    core.group.shutdown().await;
+    if within(SHUTDOWN_TIMEOUT, core.group.shutdown()).await.is_none() {
+        tracing::warn!("the metadata group did not shut down in time; all that it acknowledged is on disk");
+    }
     if let Some(done) = done {
         done.send(());
     }

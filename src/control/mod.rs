@@ -4,11 +4,12 @@
 //! - [`handle`] is the door for the tasks of its executor, [`request`] the one for shards and the boot.
 //! - [`shards`] is how it talks to the shards.
 //! - [`meta_disk`] is where the metadata lies.
+//! - [`http`] is the admin.
 
 pub mod driver;
 pub mod handle;
-pub mod meta_disk;
 pub mod http;
+pub mod meta_disk;
 pub mod request;
 mod shards;
 #[cfg(test)]

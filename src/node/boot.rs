@@ -144,9 +144,12 @@ fn start_control(
     shards: Vec<InboxSender<ShardCommand>>,
 ) -> Result<(ExecutorHandle<Result<(), String>>, ControlStarted), BootError> {
     let (ready, started) = mpsc::channel();
+    let incarnation = &data_dir.format().incarnation;
+    let incarnation = u128::from_str_radix(incarnation, 16)
+        .map_err(|_| BootError::Control(format!("format.json has the incarnation `{incarnation}`, which is no hex number")))?;
     let registration = Registration {
         node: config.node_id,
-        incarnation: data_dir.incarnation(),
+        incarnation,
         host: config.advertised_host.clone(),
         shared_port: ports.listen.port(),
         shard_ports: ports.shards.clone(),
@@ -220,7 +223,8 @@ impl RunningNode {
         // The reply is a future; a small executor of its own waits for it, so that this thread can give up in time.
         let waiter = std::thread::spawn(move || {
             futures_lite::future::block_on(is_done);
-            drop(done_sender.send(()));
+            // Nobody waits any more when the time was up.
+            let _ = done_sender.send(());
         });
         if done.recv_timeout(self.drain_timeout + DRAIN_GRACE).is_err() {
             return Err(BootError::DrainTimeout);

@@ -100,11 +100,6 @@ impl DataDir {
         &self.format
     }
 
-    /// The directory's identity, in hex.
-    pub fn incarnation(&self) -> String {
-        self.format.incarnation.clone()
-    }
-
     /// Whether this start made it.
     pub fn is_new(&self) -> bool {
         self.made

@@ -4,6 +4,7 @@
 //! 2. [`data_dir`] is locked and checked.
 //! 3. [`ports`] are settled.
 
+pub mod boot;
 pub mod data_dir;
 pub mod ports;
 pub mod probe;

@@ -163,6 +163,7 @@ pub fn append_code(error: &AppendError) -> (ErrorCode, u32) {
         AppendError::ReadOnly => (ErrorCode::StorageFailed, 0),
         AppendError::Full => (ErrorCode::StorageFull, RETRY_AFTER_FULL_MS),
         AppendError::TooLarge { .. } => (ErrorCode::BatchTooLarge, 0),
+        AppendError::RowTooLarge { .. } => (ErrorCode::InvalidArgument, 0),
         AppendError::Deleted => (ErrorCode::UnknownPartition, 0),
     }
 }

@@ -19,6 +19,7 @@
 mod backlog;
 pub mod block;
 mod cache;
+pub mod dump;
 mod flush;
 mod index;
 pub mod io;
@@ -27,6 +28,7 @@ mod ledger;
 mod managed_ledger;
 mod open;
 mod pool;
+mod record_log;
 mod recovery;
 pub mod segment;
 mod stage;
@@ -36,6 +38,7 @@ mod store;
 pub use index::{Index, IndexDb, IndexError};
 pub use io::Io;
 pub use io::glommio::GlommioIo;
+pub use record_log::{RecordLog, RecordLogConfig, RecordPosition};
 pub use state::StateBatch;
 pub use store::{
     AppendError, Cached, DamagedRange, FlushError, FlushSink, NewEntry, OpenError, PartitionLimits, PartitionSlot,

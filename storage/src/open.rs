@@ -58,7 +58,12 @@ pub(crate) async fn open<I: Io, T: 'static>(
         match segments.get_mut(id.0 as usize).and_then(Option::as_mut) {
             Some(segment) if segment.generation == generation => segment.live_bytes = live_bytes,
             _ if live_bytes == 0 => {}
-            _ => tracing::error!(shard = config.shard.0, segment = id.0, live_bytes, "a segment with live entries is gone"),
+            _ => tracing::error!(
+                shard = config.shard.0,
+                segment = id.0,
+                live_bytes,
+                "a segment with live entries is gone"
+            ),
         }
     }
 
@@ -82,7 +87,8 @@ pub(crate) async fn open<I: Io, T: 'static>(
     let sealed = covered.is_some_and(|covered| covered.sealed);
     let start = covered.map(|covered| covered.end);
     let replayed =
-        recovery::replay::<I>(config.shard, &mut segments, start, sealed, |block| replay.block(block)).await?;
+        recovery::replay(&io, &config.dir, config.shard, &mut segments, start, sealed, |block| replay.block(block))
+            .await?;
     for &(id, bytes) in &replay.live {
         if let Some(segment) = segments[id.0 as usize].as_mut() {
             segment.live_bytes += bytes;

@@ -80,8 +80,8 @@ pub(crate) async fn survey<I: Io>(
                         }
                     };
                     let role = if generation == 0 { Role::Spare } else { Role::Sealed };
-                    let segment =
-                        Segment { generation, bytes, file: Some(Rc::new(file)), live_bytes: 0, last_sequence: 0, role };
+                    // Closed again: there may be more segments than a process may have open.
+                    let segment = Segment { generation, bytes, file: None, live_bytes: 0, last_sequence: 0, role };
                     Ok(Some((id, segment)))
                 }
             })
@@ -158,6 +158,8 @@ pub(crate) struct Replayed {
 /// Reads all blocks from `start` on, or all there are, and gives each to `visit`. `sealed`: the journal was closed in
 /// good order at `start`, so that nothing but a block right there can follow.
 pub(crate) async fn replay<I: Io>(
+    io: &I,
+    dir: &Path,
     shard: ShardId,
     segments: &mut [Option<Segment<I::File>>],
     start: Option<JournalEnd>,
@@ -184,7 +186,7 @@ pub(crate) async fn replay<I: Io>(
     let mut position = start
         .filter(|start| order[at] == (start.generation, start.segment))
         .map_or(segment::HEADER_BYTES, |start| start.position);
-    let mut reader = Reader::<I::File>::open(segments, order[at], shard)?;
+    let mut reader = Reader::open(io, dir, segments, order[at], shard).await?;
     let mut block = Parsed::default();
     loop {
         // The end is where the last good block ended.
@@ -216,16 +218,21 @@ pub(crate) async fn replay<I: Io>(
         if sealed && replayed.blocks == 0 && problem == Misfit::Nothing {
             break;
         }
-        // A segment ends where the next one goes on.
-        if let Some(&next) = order.get(at + 1) {
-            let mut next_reader = Reader::<I::File>::open(segments, next, shard)?;
+        // A segment ends where another goes on: the next, unless that was made ready and never used.
+        let mut moved = false;
+        for (index, &next) in order.iter().enumerate().skip(at + 1) {
+            let mut next_reader = Reader::open(io, dir, segments, next, shard).await?;
             let fits = next_reader.block(segment::HEADER_BYTES, &mut block).await?.and_then(|()| chain.fits(&block));
             if fits.is_ok() {
-                (at, position, reader) = (at + 1, segment::HEADER_BYTES, next_reader);
-                continue;
+                reader.sync().await?;
+                (at, position, reader, moved) = (index, segment::HEADER_BYTES, next_reader, true);
+                break;
             }
         }
-        let later = find_later(segments, &order, at, position, &chain, shard, &mut reader).await?;
+        if moved {
+            continue;
+        }
+        let later = find_later(io, dir, segments, &order, (at, position), &chain, &mut reader).await?;
         let Some(later) = later else {
             if problem != Misfit::Nothing {
                 replayed.torn = Some(TornTail { segment: order[at].1.0, position });
@@ -249,8 +256,9 @@ pub(crate) async fn replay<I: Io>(
             replayed.damaged.push(DamagedRange { segment: order[at].1.0, start_position: position, end_position });
         }
         if jump {
+            reader.sync().await?;
             at = later.at;
-            reader = Reader::<I::File>::open(segments, order[at], shard)?;
+            reader = Reader::open(io, dir, segments, order[at], shard).await?;
         }
         position = later.position;
         chain = Chain { sequence: Some(later.sequence), crc: None };
@@ -264,11 +272,9 @@ pub(crate) async fn replay<I: Io>(
             previous_crc: 0,
         }));
     }
-    // What was read may still be on its way to the disk, written by a process that is gone.
-    for &(_, id) in &order[at..] {
-        if let Some(file) = segments[id.0 as usize].as_ref().and_then(|segment| segment.file.clone()) {
-            file.sync().await.map_err(open_error(format!("sync segment {id}")))?;
-        }
+    reader.sync().await?;
+    if let Some(segment) = segments[order[at].1.0 as usize].as_mut() {
+        segment.file = Some(reader.file.clone());
     }
     // Segments made ready behind the end hold nothing.
     for &(_, id) in &order[(at + 1).min(order.len())..] {
@@ -323,26 +329,27 @@ struct Later {
 }
 
 /// The first whole block behind a bad one, if a block behind it says that the bad one was durable.
-async fn find_later<F: File>(
-    segments: &[Option<Segment<F>>],
+async fn find_later<I: Io>(
+    io: &I,
+    dir: &Path,
+    segments: &[Option<Segment<I::File>>],
     order: &[(u64, SegmentId)],
-    at: usize,
-    bad_position: u64,
+    (at, bad_position): (usize, u64),
     chain: &Chain,
-    shard: ShardId,
-    reader: &mut Reader<F>,
+    reader: &mut Reader<I::File>,
 ) -> Result<Option<Later>, OpenError> {
     let Some(expected) = chain.sequence else {
         return Ok(None);
     };
+    let shard = reader.shard;
     let mut first = None;
     let mut block = Parsed::default();
     let mut other;
-    for index in at..order.len() {
+    for (index, &listed) in order.iter().enumerate().skip(at) {
         let (reader, mut position) = if index == at {
             (&mut *reader, bad_position)
         } else {
-            other = Reader::<F>::open(segments, order[index], shard)?;
+            other = Reader::open(io, dir, segments, listed, shard).await?;
             (&mut other, segment::HEADER_BYTES)
         };
         while position + (block::HEADER_BYTES as u64) < reader.bytes {
@@ -400,14 +407,17 @@ struct Reader<F> {
 }
 
 impl<F: File> Reader<F> {
-    fn open(
+    async fn open<I: Io<File = F>>(
+        io: &I,
+        dir: &Path,
         segments: &[Option<Segment<F>>],
         (generation, segment): (u64, SegmentId),
         shard: ShardId,
     ) -> Result<Reader<F>, OpenError> {
-        let found = segments[segment.0 as usize].as_ref().expect("listed above");
-        let file = found.file.clone().expect("survey leaves segments open");
-        let bytes = found.bytes;
+        let bytes = segments[segment.0 as usize].as_ref().expect("listed above").bytes;
+        let path = segment::path(dir, segment);
+        let file = io.open(&path).await.map_err(open_error(format!("open {}", path.display())))?;
+        let file = Rc::new(file);
         Ok(Reader {
             file,
             segment,
@@ -418,6 +428,11 @@ impl<F: File> Reader<F> {
             window: Vec::new(),
             read_bytes: WINDOW_BYTES_MIN,
         })
+    }
+
+    /// What was read may still be on its way to the disk, written by a process that is gone.
+    async fn sync(&self) -> Result<(), OpenError> {
+        self.file.sync().await.map_err(open_error(format!("sync segment {}", self.segment)))
     }
 
     /// Reads the block at `position` into `block`. The outer error is the disk's.

@@ -133,7 +133,11 @@ pub enum FlushError {
     Write { segment: u32, position: u64, message: String },
     #[error("the index does not take what is durable: {0}")]
     Index(String),
-    #[error("the journal was stopped by an earlier failure")]
+    #[error("{bytes} bytes are too many for one block; at most {limit_bytes} fit")]
+    TooLarge { bytes: u64, limit_bytes: u64 },
+    #[error("the disk has no room above its reserve")]
+    Full,
+    #[error("the journal is closed")]
     Stopped,
 }
 
@@ -383,8 +387,17 @@ impl<I: Io, T: 'static> Store<I, T> {
         let mut partitions = inner.partitions.borrow_mut();
         let partition = &mut partitions.list[slot.0 as usize];
         let entry_bytes = entry.bytes.len() as u64;
-        assert!(entry.header.batch_bytes as u64 == entry_bytes, "a batch of {} bytes in {entry_bytes}", entry.header.batch_bytes);
-        assert!(entry.base_offset == partition.next_offset, "offset {} where {} is next", entry.base_offset, partition.next_offset);
+        assert!(
+            entry.header.batch_bytes as u64 == entry_bytes,
+            "a batch of {} bytes in {entry_bytes}",
+            entry.header.batch_bytes
+        );
+        assert!(
+            entry.base_offset == partition.next_offset,
+            "offset {} where {} is next",
+            entry.base_offset,
+            partition.next_offset
+        );
         if partition.deleted {
             return Err((AppendError::Deleted, token));
         }
@@ -493,7 +506,9 @@ impl<I: Io, T: 'static> Store<I, T> {
                 let Some(block) = cache.get(extent.block_sequence) else { break };
                 let body_start = extent.in_block as usize + EXTENT_HEADER_BYTES;
                 let body = &block.bytes()[body_start..body_start + extent.body_bytes as usize];
-                let Some(cut) = block::cut(body, extent.first_offset..extent.next_offset, next_offset, left) else { break };
+                let Some(cut) = block::cut(body, extent.first_offset..extent.next_offset, next_offset, left) else {
+                    break;
+                };
                 let run_bytes = cut.end - cut.start;
                 if hit && left < run_bytes {
                     break;
@@ -555,7 +570,7 @@ impl<I: Io, T: 'static> Store<I, T> {
             if let Some(next_offset) = self.0.read_backlog(slot.0, offset, bytes_max, out).await? {
                 return Ok(next_offset);
             }
-            drava_runtime::yield_if_needed().await;
+            self.0.io.yield_if_needed().await;
         }
     }
 

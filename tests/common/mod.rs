@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use drava_protocol::batch::{self, Builder, NewRecord, Seal};
 use drava_protocol::frame::{self, Decoded};
 use drava_protocol::message::{
-    self, CreateTopic, Fetch, Fetched, Hello, Kind, Lookup, Message, Publish, Published, Topic, TopicPolicy, Welcome,
+    self, CreateTopic, Fetch, Hello, Kind, Lookup, Message, Publish, Published, Topic, TopicPolicy,
 };
 
 /// How long anything may take before a test gives up. Generous: the machine may be busy, and no test measures time.
@@ -289,28 +289,16 @@ pub struct Wire {
 impl Wire {
     /// A connection without a session.
     pub fn raw(address: SocketAddr) -> std::io::Result<Wire> {
-        Wire::over(TcpStream::connect(address)?)
-    }
-
-    fn over(stream: TcpStream) -> std::io::Result<Wire> {
+        let stream = TcpStream::connect(address)?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         Ok(Wire { stream, buffer: Vec::new(), correlation: 0 })
     }
 
     pub fn connect(address: SocketAddr) -> std::io::Result<Wire> {
-        Wire::greet(TcpStream::connect(address)?)
-    }
-
-    /// Opens a session on a connection.
-    pub fn greet(stream: TcpStream) -> std::io::Result<Wire> {
-        let mut wire = Wire::over(stream)?;
-        let hello = Hello {
-            version_min: frame::VERSION,
-            version_max: frame::VERSION,
-            client: "test".to_owned(),
-            token: None,
-        };
+        let mut wire = Wire::raw(address)?;
+        let hello =
+            Hello { version_min: frame::VERSION, version_max: frame::VERSION, client: "test".to_owned(), token: None };
         let answer = wire.call(&hello)?;
         expect!(answer, Welcome);
         Ok(wire)

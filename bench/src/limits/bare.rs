@@ -1,6 +1,6 @@
 //! The bare path: what a durable publish costs with no broker around it.
 //!
-//! 1. A task per connection reads into its receive buffer and cuts frames: a header of [`HEADER_BYTES`] and a payload.
+//! 1. A task per connection reads and cuts frames, all into the same memory: a header of [`HEADER_BYTES`] and a payload.
 //! 2. It checks the payload's CRC32C and copies the frame once, into the block that is being filled.
 //! 3. The committer writes blocks durably over a segment that was written before, some at once. While none is under way
 //!    it writes what there is; otherwise it waits until a write returns or enough has gathered to be worth another.
@@ -33,7 +33,8 @@ use crate::measure::{Meter, Phase, Stretch, measure};
 /// Number of the frame on its connection (u32), CRC32C of the payload (u32), payload bytes (u32), zeros.
 const HEADER_BYTES: usize = 16;
 const ACK_BYTES: usize = 4;
-const RECEIVE_BYTES: usize = 512 << 10;
+const RECEIVE_BYTES: usize = 256 << 10;
+const FRAME_BYTES_MAX: usize = 128 << 10;
 const BLOCK_BYTES: usize = 512 << 10;
 const ALIGNMENT: usize = 4096;
 /// With a write under way, another begins when this much has gathered.
@@ -147,6 +148,8 @@ struct Commit {
 
 struct Journal {
     file: Rc<DmaFile>,
+    /// All connections receive into the same memory, which so stays in the cache: room for a begun frame, then for a read.
+    receive: RefCell<Vec<u8>>,
     filling: RefCell<Option<Block>>,
     full: RefCell<VecDeque<Block>>,
     commits: RefCell<VecDeque<Commit>>,
@@ -170,6 +173,7 @@ async fn serve(
 ) -> Result<(), LimitsError> {
     let journal = Rc::new(Journal {
         file,
+        receive: RefCell::new(vec![0; FRAME_BYTES_MAX + RECEIVE_BYTES]),
         filling: RefCell::default(),
         full: RefCell::default(),
         commits: RefCell::default(),
@@ -201,45 +205,54 @@ async fn serve(
 }
 
 async fn receive(index: usize, stream: Connection, journal: Rc<Journal>) -> Result<(), LimitsError> {
-    let mut buffer = vec![0; RECEIVE_BYTES];
-    let (mut start, mut end) = (0, 0);
+    // The begun frame that the last read ended with.
+    let mut begun: Vec<u8> = Vec::new();
     loop {
-        let bytes = poll_fn(|cx| Pin::new(&mut *stream.borrow_mut()).poll_read(cx, &mut buffer[end..])).await;
-        let bytes = bytes.map_err(LimitsError::io("receive"))?;
-        if bytes == 0 {
+        let more = poll_fn(|cx| {
+            let mut memory = journal.receive.borrow_mut();
+            let mut stream = stream.borrow_mut();
+            let bytes = match Pin::new(&mut *stream).poll_read(cx, &mut memory[FRAME_BYTES_MAX..]) {
+                Poll::Ready(bytes) => bytes.map_err(LimitsError::io("receive"))?,
+                Poll::Pending => return Poll::Pending,
+            };
+            if bytes == 0 {
+                return Poll::Ready(Ok(false));
+            }
+            let start = FRAME_BYTES_MAX - begun.len();
+            memory[start..FRAME_BYTES_MAX].copy_from_slice(&begun);
+            let rest = journal.stage_frames(index, &memory[start..FRAME_BYTES_MAX + bytes])?;
+            begun.clear();
+            begun.extend_from_slice(rest);
+            Poll::Ready(Ok(true))
+        });
+        if !more.await? {
             return Ok(());
         }
         drava_runtime::executor::mark_active();
-        end += bytes;
-        let mut staged = false;
-        while let Some(head) = buffer[start..end].first_chunk::<HEADER_BYTES>() {
-            let payload_bytes = u32_at(head, 8) as usize;
-            let frame_bytes = HEADER_BYTES + payload_bytes;
-            if end - start < frame_bytes {
-                break;
-            }
-            let frame = &buffer[start..start + frame_bytes];
-            if crc32c::crc32c(&frame[HEADER_BYTES..]) != u32_at(head, 4) {
-                return Err(LimitsError::Checksum);
-            }
-            journal.stage(index, u32_at(head, 0), frame);
-            staged = true;
-            start += frame_bytes;
-        }
-        if start == end {
-            (start, end) = (0, 0);
-        } else if RECEIVE_BYTES - end < RECEIVE_BYTES / 4 {
-            buffer.copy_within(start..end, 0);
-            (start, end) = (0, end - start);
-        }
-        if staged {
-            journal.changed.notify();
-        }
+        journal.changed.notify();
         drava_runtime::yield_if_needed().await;
     }
 }
 
 impl Journal {
+    /// Checks and stages the whole frames of `input`; returns what is left.
+    fn stage_frames<'a>(&self, connection: usize, input: &'a [u8]) -> Result<&'a [u8], LimitsError> {
+        let mut rest = input;
+        while let Some(head) = rest.first_chunk::<HEADER_BYTES>() {
+            let frame_bytes = HEADER_BYTES + u32_at(head, 8) as usize;
+            if FRAME_BYTES_MAX < frame_bytes {
+                return Err(LimitsError::Io { what: "receive", source: io::ErrorKind::InvalidData.into() });
+            }
+            let Some((frame, after)) = rest.split_at_checked(frame_bytes) else { break };
+            if crc32c::crc32c(&frame[HEADER_BYTES..]) != u32_at(head, 4) {
+                return Err(LimitsError::Checksum);
+            }
+            self.stage(connection, u32_at(head, 0), frame);
+            rest = after;
+        }
+        Ok(rest)
+    }
+
     fn stage(&self, connection: usize, number: u32, frame: &[u8]) {
         let mut filling = self.filling.borrow_mut();
         if filling.as_ref().is_some_and(|block| block.buffer.len() < block.used + frame.len()) {

@@ -12,7 +12,7 @@ use drava_client::glommio_driver::{Connection, DriverError};
 use drava_client::session::{Answer, Event, Limits};
 use drava_protocol::batch::{self, BatchError, Records};
 use drava_protocol::frame;
-use drava_protocol::message::{Place, Seek, Subscribe};
+use drava_protocol::message::{DeleteSubscription, Place, Seek, Subscribe};
 
 use super::options::{Kind, LoadOptions};
 use super::plan::{CLIENT, Route};
@@ -148,7 +148,7 @@ impl Consumer {
             }
             turn_or(&mut connection, LOOK_EVERY).await?;
         }
-        self.acknowledge_all(&mut connection, &lanes).await
+        self.leave(&mut connection, lanes.len() as u32).await
     }
 
     async fn subscribe(&self, connection: &mut Connection<u32>) -> Result<Vec<Lane>, ConsumeError> {
@@ -161,7 +161,7 @@ impl Consumer {
             let subscribe = Subscribe {
                 partition,
                 consumer: index as u32,
-                subscription: format!("bench-{:08x}", self.run),
+                subscription: self.subscription(),
                 start,
                 take_over: false,
             };
@@ -239,19 +239,34 @@ impl Consumer {
         }
     }
 
-    /// Moves the cursors to where reading ended, and waits until they are there.
-    async fn acknowledge_all(&self, connection: &mut Connection<u32>, lanes: &[Lane]) -> Result<(), ConsumeError> {
-        if self.options.repeat || self.shared.has_failed() || self.shared.phase() == Phase::Stopping {
+    /// Ends the subscriptions: their cursors would keep old messages from going.
+    async fn leave(&self, connection: &mut Connection<u32>, consumers: u32) -> Result<(), ConsumeError> {
+        if self.shared.has_failed() {
             return Ok(());
         }
-        for (consumer, lane) in lanes.iter().enumerate() {
-            let ack = drava_protocol::message::Ack { consumer: consumer as u32, offset: lane.next };
-            match connection.call(&ack).await? {
-                Answer::Done => {}
-                other => return Err(ConsumeError::Answer(Box::new(other))),
+        for consumer in 0..consumers {
+            let (session, out) = connection.session();
+            session.close_consumer(consumer, consumer, out).map_err(DriverError::Request)?;
+            let partition = self.route.partitions[consumer as usize];
+            let delete = DeleteSubscription { partition, subscription: self.subscription() };
+            session.request(&delete, consumer, out).map_err(DriverError::Request)?;
+            while 0 < connection.session().0.in_flight() {
+                connection.turn().await?;
+                while let Some(incoming) = connection.received()? {
+                    match incoming.event {
+                        Event::Answer { answer: Err(refusal), .. } | Event::Refused(refusal) => {
+                            return Err(DriverError::Refused(refusal).into());
+                        }
+                        Event::Answer { .. } | Event::Welcome(_) | Event::Deliver { .. } | Event::Ignored => {}
+                    }
+                }
             }
         }
         Ok(())
+    }
+
+    fn subscription(&self) -> String {
+        format!("bench-{:08x}", self.run)
     }
 }
 

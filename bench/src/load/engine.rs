@@ -3,7 +3,7 @@
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -108,10 +108,12 @@ impl Workers {
         let run: u32 = rand::random();
         let cores = options.cores();
         let rate = options.rate.map(|rate| rate / producers.len().max(1) as f64);
-        let streams = AtomicU32::new(0);
-        let numbered = producers.into_iter().map(|route| {
-            let first_stream = streams.fetch_add(route.partitions.len() as u32, Ordering::Relaxed);
-            (route, first_stream)
+        let mut streams = 0;
+        let count = producers.len();
+        let numbered = producers.into_iter().enumerate().map(|(index, route)| {
+            let first_stream = streams;
+            streams += route.partitions.len() as u32;
+            (route, first_stream, index as f64 / count as f64)
         });
         let numbered: Vec<_> = numbered.collect();
         let mut handles = Vec::new();
@@ -128,9 +130,9 @@ impl Workers {
                 started.send(ThreadId::current()).expect("the engine waits");
                 let options = Rc::new(options);
                 let mut tasks = Vec::new();
-                for (route, first_stream) in producers {
+                for (route, first_stream, place) in producers {
                     let (options, shared) = (options.clone(), shared.clone());
-                    let producer = Producer { options, shared, route, run, first_stream, rate };
+                    let producer = Producer { options, shared, route, run, first_stream, rate, place };
                     tasks.push(drava_runtime::spawn(producer.run()));
                 }
                 for route in consumers {

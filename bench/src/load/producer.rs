@@ -41,6 +41,8 @@ pub struct Producer {
     pub first_stream: u32,
     /// The part of the whole rate that is this connection's, in messages a second.
     pub rate: Option<f64>,
+    /// Its place between the connections, 0..1: they do not send all at the same moment.
+    pub place: f64,
 }
 
 /// What comes back with an answer.
@@ -88,7 +90,10 @@ impl Producer {
         if !self.shared.started().await {
             return Ok(());
         }
-        let mut schedule = self.rate.map(|rate| Schedule::new(clock_ns(), rate / f64::from(options.batch)));
+        let mut schedule = self.rate.map(|rate| {
+            let batches_per_s = rate / f64::from(options.batch);
+            Schedule::new(clock_ns() + (self.place * 1e9 / batches_per_s) as u64, batches_per_s)
+        });
         let mut progress_ns = clock_ns();
         loop {
             let now = clock_ns();

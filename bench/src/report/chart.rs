@@ -4,6 +4,7 @@ use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, Value
 use plotters::prelude::*;
 
 use super::ReportError;
+use crate::latency::show_us;
 
 const SIZE: (u32, u32) = (940, 320);
 /// Readable on light and on dark paper.
@@ -27,6 +28,7 @@ impl Series {
 pub enum Scale {
     /// From 0 on.
     Linear,
+    /// Microseconds, logarithmic.
     Log,
     /// Logarithmic in 1 / (1 - quantile), labelled with the percentile.
     Percentile,
@@ -41,6 +43,15 @@ pub struct Chart {
 }
 
 impl Chart {
+    /// Names and colours of the lines that [`Chart::draw`] draws, to be written above the drawing.
+    pub fn legend(series: &[Series]) -> impl Iterator<Item = (&'static str, String)> {
+        let drawn = series.iter().enumerate().filter(|(_, series)| 1 < series.points.len());
+        drawn.map(|(index, series)| {
+            let RGBColor(red, green, blue) = COLORS[index % COLORS.len()];
+            (series.name, format!("#{red:02x}{green:02x}{blue:02x}"))
+        })
+    }
+
     /// The drawing; empty when there are no points.
     pub fn draw(&self, series: &[Series]) -> Result<String, ReportError> {
         let drawn: Vec<(usize, &Series)> =
@@ -49,7 +60,11 @@ impl Chart {
         if points().next().is_none() {
             return Ok(String::new());
         }
-        let x = self.x_scale.range(points().map(|point| point.0));
+        let mut x = self.x_scale.range(points().map(|point| point.0));
+        if self.x_scale == Scale::Linear {
+            // Time ends where the run ended.
+            x.1 = points().map(|point| point.0).fold(0.0, f64::max);
+        }
         let y = self.y_scale.range(points().map(|point| point.1));
         let mut svg = String::new();
         self.draw_onto(&SVGBackend::with_string(&mut svg, SIZE).into_drawing_area(), &drawn, x, y)
@@ -82,18 +97,8 @@ impl Chart {
         for (index, series) in drawn {
             let color = COLORS[index % COLORS.len()];
             let points = series.points.iter().copied();
-            chart
-                .draw_series(LineSeries::new(points, color.stroke_width(2)))?
-                .label(series.name)
-                .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], color.stroke_width(3)));
+            chart.draw_series(LineSeries::new(points, color.stroke_width(2)))?;
         }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::UpperLeft)
-            .background_style(TRANSPARENT)
-            .border_style(TRANSPARENT)
-            .label_font(("sans-serif", 13).into_font().color(&INK))
-            .draw()?;
         area.present()
     }
 }
@@ -159,8 +164,9 @@ impl ValueFormatter<f64> for Axis {
                 let digits = (value.log10() - 2.0).max(0.0) as usize;
                 format!("{:.digits$} %", 100.0 - 100.0 / value)
             }
-            Scale::Linear | Scale::Log if value.fract() == 0.0 => format!("{value:.0}"),
-            Scale::Linear | Scale::Log => format!("{value}"),
+            Scale::Log => show_us(*value),
+            Scale::Linear if value.fract() == 0.0 => format!("{value:.0}"),
+            Scale::Linear => format!("{value}"),
         }
     }
 }
@@ -204,7 +210,7 @@ mod tests {
     fn a_chart_without_points_is_empty() {
         let chart = Chart { x: "s", y: "µs", x_scale: Scale::Linear, y_scale: Scale::Log };
         assert_eq!(chart.draw(&[Series::new("nothing", vec![])]).unwrap(), "");
-        let svg = chart.draw(&[Series::new("line", vec![(0.0, 5.0), (1.0, 50.0)])]).unwrap();
-        assert!(svg.contains("<svg") && svg.contains("line"), "{svg}");
+        let svg = chart.draw(&[Series::new("line", vec![(0.0, 5.0), (1.0, 90.0)])]).unwrap();
+        assert!(svg.contains("<svg") && svg.contains("50 µs"), "{svg}");
     }
 }

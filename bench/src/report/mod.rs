@@ -42,8 +42,8 @@ pub fn page(outcome: &Outcome) -> Result<String, ReportError> {
     body.push_str(&format!("<header><h1>{title}</h1><p>{}</p></header>", escape(&subtitle(outcome))));
     body.push_str(&format!("<section class=\"cards\">{}</section>", cards(outcome)));
     body.push_str(&verdict(outcome));
-    for chart in charts(outcome)? {
-        body.push_str(&format!("<figure><figcaption>{}</figcaption>{}</figure>", chart.0, chart.1));
+    for Figure { caption, legend, drawing } in charts(outcome)? {
+        body.push_str(&format!("<figure><figcaption>{caption}<span>{legend}</span></figcaption>{drawing}</figure>"));
     }
     body.push_str(&format!("<section><h2>Latency of each message</h2>{}</section>", latencies(outcome)));
     body.push_str(&format!("<section><h2>Settings</h2>{}</section>", settings(outcome)));
@@ -111,8 +111,21 @@ fn verdict(outcome: &Outcome) -> String {
     format!("<p class=\"verdict {class}\">{}</p>", escape(&table::verification(outcome)))
 }
 
-/// Captions and drawings.
-fn charts(outcome: &Outcome) -> Result<Vec<(&'static str, String)>, ReportError> {
+struct Figure {
+    caption: &'static str,
+    legend: String,
+    drawing: String,
+}
+
+impl Figure {
+    fn new(caption: &'static str, chart: &Chart, series: &[Series]) -> Result<Figure, ReportError> {
+        let legend = Chart::legend(series).map(|(name, color)| format!("<i style=\"color:{color}\">●</i>{name}"));
+        Ok(Figure { caption, legend: legend.collect(), drawing: chart.draw(series)? })
+    }
+}
+
+/// Those of the charts that have something to show.
+fn charts(outcome: &Outcome) -> Result<Vec<Figure>, ReportError> {
     let samples = &outcome.samples;
     let over_time = |pick: fn(&crate::load::outcome::Sample) -> f64| -> Vec<(f64, f64)> {
         samples.iter().map(|sample| (sample.at_s, pick(sample))).filter(|point| 0.0 < point.1).collect()
@@ -123,15 +136,15 @@ fn charts(outcome: &Outcome) -> Result<Vec<(&'static str, String)>, ReportError>
         Series::new("delivered", over_time(|sample| sample.delivered_mib_per_s)),
     ];
     let chart = Chart { x: "seconds", y: "MiB/s", x_scale: Scale::Linear, y_scale: Scale::Linear };
-    charts.push(("Throughput", chart.draw(&rates)?));
+    charts.push(Figure::new("Throughput", &chart, &rates)?);
     let latency = [
         Series::new("publish p50", over_time(|sample| sample.publish_p50_us)),
         Series::new("publish p99", over_time(|sample| sample.publish_p99_us)),
         Series::new("delivery p50", over_time(|sample| sample.delivery_p50_us)),
         Series::new("delivery p99", over_time(|sample| sample.delivery_p99_us)),
     ];
-    let chart = Chart { x: "seconds", y: "µs", x_scale: Scale::Linear, y_scale: Scale::Log };
-    charts.push(("Latency over time", chart.draw(&latency)?));
+    let chart = Chart { x: "seconds", y: "latency", x_scale: Scale::Linear, y_scale: Scale::Log };
+    charts.push(Figure::new("Latency over time", &chart, &latency)?);
     let curve = |direction: &Option<Direction>| -> Vec<(f64, f64)> {
         let points = direction.iter().flat_map(|direction| &direction.curve);
         // The quantile 1 would lie at infinity.
@@ -142,9 +155,9 @@ fn charts(outcome: &Outcome) -> Result<Vec<(&'static str, String)>, ReportError>
     };
     let distribution =
         [Series::new("published", curve(&outcome.published)), Series::new("delivered", curve(&outcome.delivered))];
-    let chart = Chart { x: "percentile", y: "µs", x_scale: Scale::Percentile, y_scale: Scale::Log };
-    charts.push(("Latency by percentile", chart.draw(&distribution)?));
-    charts.retain(|(_, drawing)| !drawing.is_empty());
+    let chart = Chart { x: "percentile", y: "latency", x_scale: Scale::Percentile, y_scale: Scale::Log };
+    charts.push(Figure::new("Latency by percentile", &chart, &distribution)?);
+    charts.retain(|figure| !figure.drawing.is_empty());
     Ok(charts)
 }
 

@@ -60,7 +60,7 @@ impl Node {
             .arg("--data-dir")
             .arg(data_dir)
             .args(["--listen", &ports.listen.to_string()])
-            .args(["--admin", &ports.admin.to_string()])
+            .args(["--admin-listen", &ports.admin.to_string()])
             .args(["--shards", &shards.to_string()])
             .stdin(Stdio::null())
             .stdout(output.try_clone().map_err(fail)?)

@@ -181,8 +181,13 @@ impl Node {
                 let end_offset = state.partitions[&reader.partition].end;
                 reply(correlation, &message::Located { offset: 0, start_offset: 0, end_offset }, out);
             }
-            Kind::Ack if correlation == 0 => {}
-            Kind::Ack => reply(correlation, &message::Done {}, out),
+            Kind::Ack => assert_eq!(correlation, 0, "acks of a load have no answer"),
+            Kind::CloseConsumer => {
+                let body: message::CloseConsumer = message::decode(frame.body).unwrap();
+                readers.retain(|reader| reader.consumer != body.consumer);
+                reply(correlation, &message::Done {}, out);
+            }
+            Kind::DeleteSubscription => reply(correlation, &message::Done {}, out),
             other => panic!("the load generator sent {other:?}"),
         }
     }

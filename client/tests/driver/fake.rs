@@ -520,7 +520,7 @@ impl Connection {
 
     async fn fetch(self, request: m::Fetch, correlation: u64, owner_port: u16) {
         let has_more = |state: &State| {
-            state.partitions.get(&request.partition).is_none_or(|partition| request.offset < partition.end_offset)
+            state.partitions.get(&request.partition).is_none_or(|partition| request.offset != partition.end_offset)
         };
         let waited =
             tokio::time::timeout(Duration::from_millis(request.wait_ms.into()), self.node.wait_for(has_more)).await;

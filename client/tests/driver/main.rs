@@ -390,3 +390,50 @@ async fn a_dropped_consumer_lets_its_subscription_go() {
     client.delete_subscription("orders", "s").await.unwrap();
     assert!(node.with_partition(TOPIC, 0, |partition| partition.subscriptions.is_empty()));
 }
+
+#[tokio::test]
+async fn damage_is_told_and_never_passed_over() {
+    let (node, client) = node_with_topic(1).await;
+    let producer = client.producer("orders").batch_count(5).build().await.unwrap();
+    publish(&producer, 0..50).await;
+    node.with_partition(TOPIC, 0, |partition| *partition.batches[2].last_mut().unwrap() ^= 1);
+    let mut reader = client.reader("orders").until_end().build().await.unwrap();
+    for number in 0..10 {
+        assert_eq!(reader.next().await.unwrap().unwrap().offset, number);
+    }
+    let damaged = reader.next().await.unwrap_err();
+    assert!(matches!(damaged, ReadError::Batch { partition: 0, offset: 10, .. }), "{damaged}");
+    assert!(reader.next().await.unwrap().is_none(), "what comes after is not read");
+    let mut after = client.reader("orders").from(Place::Offset(15)).until_end().build().await.unwrap();
+    assert_eq!(after.next().await.unwrap().unwrap().offset, 15);
+    let mut consumer = client.subscribe("orders", "s").build().await.unwrap();
+    for _ in 0..10 {
+        let message = consumer.next().await.unwrap();
+        consumer.ack(&message);
+    }
+    assert!(matches!(consumer.next().await, Err(SubscribeError::Batch { partition: 0, offset: 10, .. })));
+    assert!(matches!(consumer.next().await, Err(SubscribeError::Closed)));
+    node.wait_for(|state| state.partitions.values().all(|partition| partition.subscriptions["s"].cursor == 10)).await;
+}
+
+#[tokio::test]
+async fn a_consumer_that_closes_while_its_node_is_away_is_told_so() {
+    let (node, client) = node_with_topic(1).await;
+    let producer = client.producer("orders").build().await.unwrap();
+    publish(&producer, 0..3).await;
+    let mut consumer = client.subscribe("orders", "s").build().await.unwrap();
+    let message = consumer.next().await.unwrap();
+    let other = self::client(&node).await;
+    node.cut_connections();
+    // Somebody else has the subscription now, so that it cannot be had again.
+    let _busy = loop {
+        match other.subscribe("orders", "s").take_over().build().await {
+            Ok(consumer) => break consumer,
+            Err(error) => assert_ne!(error.retry(), Retry::No, "{error}"),
+        }
+    };
+    consumer.ack(&message);
+    let error = consumer.close().await.unwrap_err();
+    assert!(matches!(error, SubscribeError::Call(_) | SubscribeError::Lost(_)), "{error}");
+    assert_eq!(node.with_partition(TOPIC, 0, |partition| partition.subscriptions["s"].cursor), 0);
+}

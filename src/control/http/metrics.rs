@@ -234,3 +234,126 @@ fn write(metric: MetricEncoder<'_>, kind: Kind, value: Value) -> fmt::Result {
         (Kind::Gauge, Seconds(seconds)) => ConstGauge::new(seconds).encode(metric),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::shard::stats::StoreFigures;
+
+    /// Every figure has another value here; a new field of either struct does not compile until it has one, too.
+    fn distinct() -> ShardStats {
+        ShardStats {
+            shard: 9,
+            connections: 1001,
+            connections_accepted: 1002,
+            connections_refused: 1003,
+            frames_received: 1004,
+            frames_malformed: 1005,
+            bytes_received: 1006,
+            bytes_sent: 1007,
+            batches_published: 1008,
+            messages_published: 1009,
+            publish_bytes: 1010,
+            duplicates: 1011,
+            publish_errors: 1012,
+            batches_delivered: 1013,
+            delivered_bytes: 1014,
+            requests_forwarded: 1015,
+            partitions: 1016,
+            consumers: 1017,
+            ticker_ticks: 1018,
+            ticker_late: 1019,
+            ticker_latest: Duration::from_secs(1020),
+            store: StoreFigures {
+                flushes: 1021,
+                flushed_bytes: 1022,
+                flush_micros_total: 1_023_000_000,
+                staged_bytes: 1024,
+                cache_bytes: 1025,
+                cache_hits: 1026,
+                cache_misses: 1027,
+                disk_read_bytes: 1028,
+                segments: 1029,
+                segments_spare: 1030,
+                segments_recycled: 1031,
+                live_bytes: 1032,
+                ledgers_deleted: 1033,
+                index_batches: 1034,
+            },
+            read_only: true,
+        }
+    }
+
+    #[test]
+    fn every_figure_of_a_shard_is_exported_once() {
+        let stats = distinct();
+        let mut values: Vec<u64> = SHARD_FIGURES
+            .iter()
+            .map(|figure| match (figure.value)(&stats) {
+                Count(count) => count,
+                Seconds(seconds) => seconds as u64,
+            })
+            .collect();
+        values.sort_unstable();
+        let expected: Vec<u64> = [1].into_iter().chain(1001..=1034).collect();
+        assert_eq!(values, expected);
+    }
+
+    #[test]
+    fn names_follow_the_conventions_and_are_unique() {
+        let node = Scrape {
+            shards: Vec::new(),
+            process: ProcessFigures::default(),
+            uptime_seconds: 0.0,
+            metadata_version: 0,
+            topics: 0,
+            ready: true,
+            http_connections: 0,
+            http_connections_refused: 0,
+            http_requests: 0,
+            http_panics: 0,
+        };
+        let mut names: Vec<&str> = SHARD_FIGURES.iter().map(|figure| figure.name).collect();
+        names.extend(node.node_figures().iter().map(|(name, ..)| *name));
+        for name in &names {
+            assert!(name.starts_with("drava_") || name.starts_with("process_"), "{name}");
+            assert!(name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_'), "{name}");
+            // Units and the suffix of counters are added when it is written.
+            assert!(!["_total", "_bytes", "_seconds"].iter().any(|suffix| name.ends_with(suffix)), "{name}");
+        }
+        // A gauge and a counter may share a name only when their units tell them apart.
+        let mut written: Vec<String> = SHARD_FIGURES
+            .iter()
+            .map(|figure| format!("{}{:?}", figure.name, figure.unit))
+            .chain(node.node_figures().iter().map(|(name, unit, ..)| format!("{name}{unit:?}")))
+            .collect();
+        let count = written.len();
+        written.sort_unstable();
+        written.dedup();
+        assert_eq!(written.len(), count);
+    }
+
+    #[test]
+    fn what_is_known_is_written_and_what_is_not_is_left_out() {
+        let scrape = Scrape {
+            shards: vec![distinct()],
+            process: ProcessFigures::default(),
+            uptime_seconds: 1.5,
+            metadata_version: 3,
+            topics: 2,
+            ready: false,
+            http_connections: 1,
+            http_connections_refused: 0,
+            http_requests: 4,
+            http_panics: 0,
+        };
+        let text = scrape.text();
+        assert!(text.contains("drava_ticker_latest_seconds{shard=\"9\"} 1020.0\n"), "{text}");
+        assert!(text.contains("drava_store_flush_seconds_total{shard=\"9\"} 1023.0\n"), "{text}");
+        assert!(text.contains("drava_sent_bytes_total{shard=\"9\"} 1007\n"), "{text}");
+        assert!(!text.contains("shard=\"0\""), "{text}");
+        assert!(!text.contains("process_open_fds"), "what could not be read is left out: {text}");
+    }
+}

@@ -113,13 +113,12 @@ pub struct HttpServer {
 
 impl HttpServer {
     /// Binds `config.listen`. To be called on the executor that will serve.
+    ///
+    /// The executor's listeners share their port with any other that asks for that: whether another process listens
+    /// there is the boot's to find out (`node::ports`).
     pub fn bind(config: HttpConfig) -> Result<HttpServer, BindError> {
         let address = config.listen;
         let fail = |source| BindError { address, source };
-        if address.port() != 0 {
-            // The executor's listeners share their port with whoever asks; another node's port is seen only without that.
-            drop(std::net::TcpListener::bind(address).map_err(fail)?);
-        }
         let listener = TcpListener::bind(address).map_err(|error| fail(drava_runtime::io_error(error)))?;
         let address = listener.local_addr().map_err(|error| fail(drava_runtime::io_error(error)))?;
         Ok(HttpServer { listener, address, config })

@@ -598,9 +598,9 @@ fn stopping_does_not_wait_for_ever() {
 }
 
 #[test]
-fn a_port_in_use_is_an_error() {
-    let node = Node::with_topics();
-    let config = HttpConfig::new(node.address);
+fn a_port_that_another_has_to_itself_is_an_error() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let config = HttpConfig::new(taken.local_addr().expect("an address"));
     let second = Executor::run(ExecutorConfig::new("http-second", None), async { HttpServer::bind(config).map(drop) });
     let error = second.expect("an executor").expect_err("the port is taken");
     assert_eq!(error.source.kind(), std::io::ErrorKind::AddrInUse);

@@ -160,3 +160,141 @@ pub fn check_runs(runs: &[Run], offset: u64, batches: &mut Vec<(u64, u64)>) {
         assert_eq!(run.next_offset, expected);
     }
 }
+
+/// A disk whose writes to segments fail from some point on.
+#[derive(Clone)]
+pub struct FaultyIo {
+    disk: GlommioIo,
+    /// Writes that still succeed; `None`: all.
+    pub writes_left: Rc<std::cell::Cell<Option<u32>>>,
+}
+
+impl FaultyIo {
+    pub fn new() -> FaultyIo {
+        FaultyIo { disk: GlommioIo::new(), writes_left: Rc::default() }
+    }
+
+    fn file(&self, file: <GlommioIo as Io>::File) -> FaultyFile {
+        FaultyFile { file, writes_left: self.writes_left.clone() }
+    }
+}
+
+pub struct FaultyFile {
+    file: <GlommioIo as Io>::File,
+    writes_left: Rc<std::cell::Cell<Option<u32>>>,
+}
+
+impl Io for FaultyIo {
+    type File = FaultyFile;
+    type Buffer = <GlommioIo as Io>::Buffer;
+
+    fn buffer(&self, bytes: usize) -> Self::Buffer {
+        self.disk.buffer(bytes)
+    }
+
+    async fn open(&self, path: &Path) -> std::io::Result<FaultyFile> {
+        Ok(self.file(self.disk.open(path).await?))
+    }
+
+    async fn create(&self, path: &Path, bytes: u64) -> std::io::Result<FaultyFile> {
+        Ok(self.file(self.disk.create(path, bytes).await?))
+    }
+
+    async fn create_dir(&self, path: &Path) -> std::io::Result<()> {
+        self.disk.create_dir(path).await
+    }
+
+    async fn list(&self, dir: &Path) -> std::io::Result<Vec<(std::path::PathBuf, u64)>> {
+        self.disk.list(dir).await
+    }
+
+    async fn remove(&self, path: &Path) -> std::io::Result<()> {
+        self.disk.remove(path).await
+    }
+
+    async fn sync_dir(&self, dir: &Path) -> std::io::Result<()> {
+        self.disk.sync_dir(dir).await
+    }
+
+    async fn free_bytes(&self, dir: &Path) -> std::io::Result<u64> {
+        self.disk.free_bytes(dir).await
+    }
+
+    fn now(&self) -> Duration {
+        self.disk.now()
+    }
+
+    fn wall_clock_ms(&self) -> u64 {
+        self.disk.wall_clock_ms()
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        self.disk.spawn(task);
+    }
+
+    async fn sleep(&self, time: Duration) {
+        self.disk.sleep(time).await;
+    }
+
+    async fn yield_if_needed(&self) {
+        self.disk.yield_if_needed().await;
+    }
+}
+
+impl drava_storage::io::File for FaultyFile {
+    type Buffer = <GlommioIo as Io>::Buffer;
+    type Read = <<GlommioIo as Io>::File as drava_storage::io::File>::Read;
+
+    async fn write_at(&self, buffer: Rc<Self::Buffer>, position: u64) -> std::io::Result<()> {
+        match self.writes_left.get() {
+            Some(0) => return Err(std::io::Error::from_raw_os_error(5)),
+            Some(left) => self.writes_left.set(Some(left - 1)),
+            None => {}
+        }
+        self.file.write_at(buffer, position).await
+    }
+
+    async fn read_at(&self, position: u64, bytes: usize) -> std::io::Result<Self::Read> {
+        self.file.read_at(position, bytes).await
+    }
+
+    async fn sync(&self) -> std::io::Result<()> {
+        self.file.sync().await
+    }
+}
+
+/// The segments of the shard, by name.
+pub fn segment_files(dir: &Path) -> Vec<std::path::PathBuf> {
+    let mut files: Vec<_> = std::fs::read_dir(dir.join("shard")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    files
+}
+
+/// Flips one bit of a file.
+pub fn flip(path: &Path, position: u64) {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, position).unwrap();
+    byte[0] ^= 0x10;
+    file.write_all_at(&byte, position).unwrap();
+}
+
+/// Position and file of every item of the given kind in all segments, in the order of blocks.
+pub fn items(dir: &Path, pick: impl Fn(&drava_storage::dump::ItemKind) -> bool) -> Vec<(std::path::PathBuf, u64)> {
+    let mut found = Vec::new();
+    for path in segment_files(dir) {
+        let mut sequence = 0;
+        for item in drava_storage::dump::segment(&path).unwrap() {
+            let item = item.unwrap();
+            if let drava_storage::dump::ItemKind::Block(header) = &item.kind {
+                sequence = header.id.sequence;
+            }
+            if pick(&item.kind) {
+                found.push((sequence, path.clone(), item.position));
+            }
+        }
+    }
+    found.sort();
+    found.into_iter().map(|(_, path, position)| (path, position)).collect()
+}

@@ -1,0 +1,105 @@
+//! Amounts as people write them.
+
+use drava_client::Place;
+
+use crate::config::option::parse_bytes;
+
+/// `64 MiB`, `4096`.
+pub fn bytes(text: &str) -> Result<u64, String> {
+    parse_bytes(text).ok_or_else(|| "expected a number of bytes, such as 65536, 64KiB or 1MiB".to_owned())
+}
+
+/// `90s`, `15m`, `12h`, `7d`, `500ms`; in milliseconds. `0` has no unit.
+pub fn duration_ms(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let unit_ms = match &text[digits..] {
+        "ms" => Some(1),
+        "s" => Some(1_000),
+        "m" => Some(60_000),
+        "h" => Some(3_600_000),
+        "d" => Some(86_400_000),
+        "" if text == "0" => Some(1),
+        _ => None,
+    };
+    text[..digits]
+        .parse::<u64>()
+        .ok()
+        .zip(unit_ms)
+        .and_then(|(number, unit_ms)| number.checked_mul(unit_ms))
+        .ok_or_else(|| "expected a time with its unit, such as 90s, 15m, 12h or 7d".to_owned())
+}
+
+/// `earliest`, `latest`, `offset:10`, `time:1700000000000`.
+pub fn place(text: &str) -> Result<Place, String> {
+    let expected = || "expected earliest, latest, offset:NUMBER or time:MILLISECONDS (since 1970)".to_owned();
+    match text.split_once(':') {
+        None if text == "earliest" => Ok(Place::Earliest),
+        None if text == "latest" => Ok(Place::Latest),
+        Some(("offset", offset)) => offset.parse().map(Place::Offset).map_err(|_| expected()),
+        Some(("time", time_ms)) => time_ms.parse().map(Place::Time).map_err(|_| expected()),
+        None | Some(_) => Err(expected()),
+    }
+}
+
+/// Bytes with the escapes `\n`, `\r`, `\t`, `\0`, `\\` and `\xHH`. Not empty.
+pub fn separator(text: &str) -> Result<Vec<u8>, String> {
+    let mut out = Vec::new();
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        if byte != b'\\' {
+            out.push(byte);
+            continue;
+        }
+        out.push(match bytes.next() {
+            Some(b'n') => b'\n',
+            Some(b'r') => b'\r',
+            Some(b't') => b'\t',
+            Some(b'0') => 0,
+            Some(b'\\') => b'\\',
+            Some(b'x') => {
+                let digit = |byte: Option<u8>| byte.and_then(|byte| char::from(byte).to_digit(16));
+                let (high, low) = (digit(bytes.next()), digit(bytes.next()));
+                let value = high.zip(low).map(|(high, low)| high * 16 + low);
+                value.and_then(|value| u8::try_from(value).ok()).ok_or("\\x is followed by two hex digits")?
+            }
+            _ => return Err("known escapes are \\n \\r \\t \\0 \\\\ and \\xHH".to_owned()),
+        });
+    }
+    if out.is_empty() { Err("it must not be empty".to_owned()) } else { Ok(out) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_have_units() {
+        assert_eq!(duration_ms("7d"), Ok(7 * 86_400_000));
+        assert_eq!(duration_ms("500ms"), Ok(500));
+        assert_eq!(duration_ms("0"), Ok(0));
+        for wrong in ["", "7", "d", "-1s", "1.5h", "99999999999999999d"] {
+            assert!(duration_ms(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn places_are_named_or_numbered() {
+        assert_eq!(place("earliest"), Ok(Place::Earliest));
+        assert_eq!(place("offset:0"), Ok(Place::Offset(0)));
+        assert_eq!(place("time:12"), Ok(Place::Time(12)));
+        for wrong in ["", "first", "offset:", "offset:-1", "earliest:", "time:now"] {
+            assert!(place(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn separators_may_be_escaped() {
+        assert_eq!(separator("\\n"), Ok(b"\n".to_vec()));
+        assert_eq!(separator("a\\x00\\\\"), Ok(b"a\0\\".to_vec()));
+        assert_eq!(separator("ü"), Ok("ü".as_bytes().to_vec()));
+        for wrong in ["", "\\", "\\q", "\\x1", "\\xzz"] {
+            assert!(separator(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! What happens to the store when the disk does what disks do.
+
+mod common;
+
+use common::{FaultyIo, Fixture, flip, items, open, open_with, run, segment_files, small};
+use drava_protocol::{PartitionId, batch};
+use drava_storage::dump::ItemKind;
+use drava_storage::{AppendError, NewEntry, PartitionLimits, PartitionSlot, StoreConfig};
+
+fn slot(fixture: &Fixture<impl drava_storage::Io>, id: u64) -> PartitionSlot {
+    fixture.store.open_partition(PartitionId(id), PartitionLimits::default())
+}
+
+/// Writes `count` blocks of one entry with one record and stops without a seal.
+fn write_blocks(dir: &std::path::Path, count: u64) {
+    run(async {
+        let f = open(dir, small(dir)).await;
+        let slot = slot(&f, 1);
+        for seed in 0..count {
+            f.append(slot, seed, 1, 100);
+            f.flushed(seed as usize + 1).await;
+        }
+        f.store.close().await;
+    });
+}
+
+fn is_block(kind: &ItemKind) -> bool {
+    matches!(kind, ItemKind::Block(_))
+}
+
+#[test]
+fn a_torn_tail_is_cut_and_written_over() {
+    let dir = tempfile::tempdir().unwrap();
+    write_blocks(dir.path(), 5);
+    let blocks = items(dir.path(), is_block);
+    assert_eq!(blocks.len(), 5);
+    let (path, position) = blocks.last().unwrap();
+    flip(path, position + 70);
+    run(async {
+        let f = open(dir.path(), small(dir.path())).await;
+        assert!(f.recovered.damaged.is_empty(), "{:?}", f.recovered.damaged);
+        assert_eq!(f.recovered.torn.map(|torn| torn.position), Some(*position));
+        let slot = slot(&f, 1);
+        assert_eq!(f.store.span(slot).end_offset, 4);
+        assert_eq!(f.append(slot, 9, 1, 100), 4);
+        f.flushed(1).await;
+        f.store.close().await;
+    });
+    assert_eq!(items(dir.path(), is_block).last().unwrap().1, *position, "the torn block is written over");
+    run(async {
+        let f = open(dir.path(), small(dir.path())).await;
+        assert_eq!(f.recovered.torn, None);
+        let slot = slot(&f, 1);
+        let expected = [(0, 0), (1, 1), (2, 2), (3, 3), (4, 9)];
+        assert_eq!(f.read_all(slot, 0).await, (expected.to_vec(), vec![]));
+        f.store.close().await;
+    });
+}
+
+#[test]
+fn damage_in_the_middle_is_skipped_and_the_rest_served() {
+    // In the block's header, in the extent's header, in the batch's first bytes.
+    for at in [16, 70, 140] {
+        let dir = tempfile::tempdir().unwrap();
+        write_blocks(dir.path(), 6);
+        let (path, position) = items(dir.path(), is_block)[2].clone();
+        flip(&path, position + at);
+        for _ in 0..2 {
+            run(async {
+                let f = open(dir.path(), small(dir.path())).await;
+                let slot = slot(&f, 1);
+                let (batches, damaged) = f.read_all(slot, 0).await;
+                assert_eq!(batches[..5], [(0, 0), (1, 1), (3, 3), (4, 4), (5, 5)], "flipped at {at}");
+                assert_eq!((damaged.len(), &damaged[0]), (1, &(2..3)), "flipped at {at}");
+                let next = f.store.span(slot).next_offset;
+                f.append(slot, next, 1, 100);
+                f.flushed(1).await;
+                f.store.close().await;
+            });
+        }
+    }
+}
+
+#[test]
+fn a_flipped_byte_in_a_batch_costs_that_batch_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let f = open(dir.path(), small(dir.path())).await;
+        let slot = slot(&f, 1);
+        for round in 0..3u64 {
+            for seed in 0..5 {
+                f.append(slot, round * 5 + seed, 2, 100);
+            }
+            f.flushed(round as usize * 5 + 5).await;
+        }
+        f.store.close().await;
+    });
+    let batches = items(dir.path(), |kind| matches!(kind, ItemKind::Batch { .. }));
+    assert_eq!(batches.len(), 15);
+    flip(&batches[7].0, batches[7].1 + 100);
+    for replayed in [true, false] {
+        run(async {
+            let f = open(dir.path(), small(dir.path())).await;
+            assert_eq!(f.recovered.damaged.len(), usize::from(replayed));
+            let slot = slot(&f, 1);
+            let (batches, damaged) = f.read_all(slot, 0).await;
+            assert_eq!((damaged.len(), &damaged[0]), (1, &(14..16)));
+            let expected: Vec<_> = (0..15).filter(|&seed| seed != 7).map(|seed| (seed * 2, seed)).collect();
+            assert_eq!(batches, expected);
+            f.store.seal().await.unwrap();
+            f.store.close().await;
+        });
+    }
+}
+
+#[test]
+fn after_a_failed_write_nothing_is_acked() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let io = FaultyIo::new();
+        let config = StoreConfig { segments_spare: 0, ..small(dir.path()) };
+        let f = open_with(io.clone(), dir.path(), config).await;
+        let slot = slot(&f, 1);
+        f.append(slot, 0, 1, 100);
+        f.flushed(1).await;
+        io.writes_left.set(Some(0));
+        f.append(slot, 1, 1, 100);
+        for seed in 2..100 {
+            f.append(slot, seed, 1, 5000);
+        }
+        while f.sink.borrow().failed.len() < 99 {
+            drava_runtime::yield_now().await;
+        }
+        io.writes_left.set(None);
+        assert_eq!(f.sink.borrow().failed, (1..100).collect::<Vec<_>>());
+        assert_eq!(f.sink.borrow().flushed, [0]);
+        assert!(f.store.figures().read_only);
+        let bytes = common::batch_of(100, 1, 10);
+        let header = batch::check(&bytes).unwrap();
+        let base_offset = f.store.span(slot).next_offset;
+        let bytes = drava_runtime::chunk::Slice::copy_of(&bytes);
+        let entry = NewEntry { bytes, header, base_offset, append_time_ms: 1 };
+        assert_eq!(f.store.append(slot, entry, 100), Err((AppendError::ReadOnly, 100)));
+        assert_eq!(f.store.append_state(slot, b"k", None, None), Err(AppendError::ReadOnly));
+        assert!(f.store.seal().await.is_err());
+        assert_eq!(f.read_all(slot, 0).await.0, [(0, 0)], "what was acked is still served");
+        f.store.close().await;
+    });
+    run(async {
+        let f = open(dir.path(), small(dir.path())).await;
+        assert_eq!(f.store.span(slot(&f, 1)).end_offset, 1);
+        f.store.close().await;
+    });
+}
+
+#[test]
+fn a_lost_index_is_made_anew_from_the_journal() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let f = open(dir.path(), small(dir.path())).await;
+        let slots = [slot(&f, 1), slot(&f, 2)];
+        for seed in 0..1500u64 {
+            f.append(slots[(seed % 2) as usize], seed, 1, 2000);
+            if seed % 8 == 0 {
+                f.flushed(seed as usize).await;
+            }
+        }
+        f.store.append_state(slots[1], b"cursor", Some(b"here"), Some(0)).unwrap();
+        f.flushed(1501).await;
+        f.store.seal().await.unwrap();
+        f.store.close().await;
+    });
+    std::fs::remove_dir_all(dir.path().join("index")).unwrap();
+    run(async {
+        let f = open(dir.path(), small(dir.path())).await;
+        assert!(f.recovered.index_rebuilt);
+        assert!(f.recovered.damaged.is_empty(), "{:?}", f.recovered.damaged);
+        assert_eq!(f.recovered.partitions[1].state, [(b"cursor".to_vec(), b"here".to_vec())]);
+        for (index, slot) in [slot(&f, 1), slot(&f, 2)].into_iter().enumerate() {
+            let expected: Vec<_> = (0..750).map(|offset| (offset, offset * 2 + index as u64)).collect();
+            assert_eq!(f.read_all(slot, 0).await, (expected, vec![]));
+        }
+        f.store.close().await;
+    });
+}
+
+#[test]
+fn an_unusable_index_is_set_aside() {
+    let dir = tempfile::tempdir().unwrap();
+    write_blocks(dir.path(), 3);
+    for entry in std::fs::read_dir(dir.path().join("index")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.file_name().unwrap().to_string_lossy().starts_with("MANIFEST") {
+            std::fs::write(path, b"no manifest at all").unwrap();
+        }
+    }
+    run(async {
+        let f = open(dir.path(), small(dir.path())).await;
+        assert!(f.recovered.index_rebuilt);
+        assert_eq!(f.store.span(slot(&f, 1)).end_offset, 3);
+        f.store.close().await;
+    });
+    assert!(dir.path().join("index.unusable").exists());
+}
+
+#[test]
+fn a_damaged_segment_header_does_not_lose_its_entries() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let f = open(dir.path(), small(dir.path())).await;
+        let slot = slot(&f, 1);
+        f.append(slot, 1, 1, 100);
+        f.flushed(1).await;
+        f.store.seal().await.unwrap();
+        f.store.close().await;
+    });
+    let used = items(dir.path(), is_block)[0].0.clone();
+    assert!(segment_files(dir.path()).contains(&used));
+    flip(&used, 9);
+    run(async {
+        let f = open(dir.path(), small(dir.path())).await;
+        assert_eq!(f.read_all(slot(&f, 1), 0).await, (vec![(0, 1)], vec![]));
+        f.store.close().await;
+    });
+}
