@@ -7,13 +7,15 @@ use drava_protocol::message::{PartitionPlace, TopicPolicy};
 use drava_protocol::topic::TopicName;
 use drava_protocol::{NodeId, PartitionId, ShardId, Term, TopicId};
 
-/// A version of all metadata. Cheap to compare by `version`; share it as an `Arc`.
+use crate::shared_map::SharedMap;
+
+/// A version of all metadata. Compare it by `version`, share it as an `Arc`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Image {
     /// Counts up by one with each change.
     pub version: u64,
-    pub topics: BTreeMap<TopicName, Arc<Topic>>,
-    pub partitions: BTreeMap<PartitionId, Partition>,
+    pub topics: SharedMap<TopicName, Arc<Topic>>,
+    pub partitions: SharedMap<PartitionId, Partition>,
     pub nodes: BTreeMap<NodeId, Arc<Node>>,
 }
 
@@ -80,6 +82,19 @@ impl Image {
     /// The partitions that a shard owns, by id.
     pub fn owned_by(&self, owner: Owner) -> impl Iterator<Item = &Partition> {
         self.partitions.values().filter(move |partition| partition.owner == owner)
+    }
+
+    /// The partitions that are not the same in an older image: new, gone, or of another owner, term or policy. By id.
+    pub fn partitions_changed_since(&self, older: &Image) -> Vec<PartitionId> {
+        let mut changed = self.partitions.changed_since(&older.partitions);
+        for name in self.topics.changed_since(&older.topics) {
+            for topic in [self.topics.get(&name), older.topics.get(&name)].into_iter().flatten() {
+                changed.extend_from_slice(&topic.partitions);
+            }
+        }
+        changed.sort_unstable();
+        changed.dedup();
+        changed
     }
 
     /// Where a partition lives, as clients are told. `None`: no such partition, or its owner has not made itself known.

@@ -447,6 +447,19 @@ mod tests {
     }
 
     #[test]
+    fn an_image_knows_what_changed_since_an_older_one() {
+        let mut state = state(2);
+        let gone = created(&mut state, &create("gone", 2));
+        created(&mut state, &create("stays", 2));
+        let older = state.image().clone();
+        state.apply(&delete("gone")).unwrap();
+        let new = created(&mut state, &create("new", 1));
+        let expected: Vec<PartitionId> = gone.partitions.iter().chain(&new.partitions).copied().collect();
+        assert_eq!(state.image().partitions_changed_since(&older), expected);
+        assert_eq!(state.image().partitions_changed_since(&Image::default()).len(), 3);
+    }
+
+    #[test]
     fn the_same_commands_give_the_same_bytes() {
         let run = || {
             let mut state = state(3);

@@ -88,11 +88,9 @@ impl Shard {
     pub(super) fn fetch(self: &Rc<Self>, index: u32, responder: Responder, correlation: u64, fetch: Fetch) {
         let Some(slot) = self.slot(index) else { return self.answer_gone(&responder, correlation) };
         let span = self.store.span(slot);
-        if fetch.offset < span.start_offset || span.end_offset < fetch.offset {
-            let text = format!(
-                "offset {} is outside {} to {}",
-                fetch.offset, span.start_offset, span.end_offset
-            );
+        // With `memory` durability a message is acknowledged before it can be read: its reader waits, as for any other.
+        if fetch.offset < span.start_offset || span.next_offset < fetch.offset {
+            let text = format!("offset {} is outside {} to {}", fetch.offset, span.start_offset, span.end_offset);
             return self.answer_error(&responder, correlation, ErrorCode::OffsetOutOfRange, 0, &text);
         }
         let bytes_max = (fetch.bytes_max as usize).min(DELIVERY_BYTES_MAX);
@@ -113,6 +111,9 @@ impl Shard {
             let permit = shard.fetches.acquire_static_permit(1).await;
             if shard.slot(index).is_none() {
                 return shard.answer_gone(&responder, correlation);
+            }
+            if shard.store.span(slot).end_offset <= fetch.offset {
+                return shard.fetched(slot, &responder, correlation, fetch.offset, &mut runs);
             }
             match shard.store.read(slot, fetch.offset, bytes_max, &mut runs).await {
                 Ok(next_offset) => shard.fetched(slot, &responder, correlation, next_offset, &mut runs),

@@ -336,8 +336,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
             Some(_) => ChunkState::Reading,
             None => ChunkState::Failed(ReadError::Damaged { range: offsets.clone() }),
         };
-        let chunk =
-            Rc::new(Chunk { offsets, bytes, state: RefCell::new(state), ready: Broadcast::default(), budget });
+        let chunk = Rc::new(Chunk { offsets, bytes, state: RefCell::new(state), ready: Broadcast::default(), budget });
         stream.next_offset.set(chunk.offsets.end);
         stream.chunks.borrow_mut().push_back(chunk.clone());
         if let Some(span) = span {

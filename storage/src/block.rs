@@ -449,3 +449,153 @@ fn u64_at(bytes: &[u8], position: usize) -> u64 {
     value.copy_from_slice(&bytes[position..position + 8]);
     u64::from_le_bytes(value)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn sample() -> Vec<u8> {
+        let mut bytes = vec![0xaa; 2 * ALIGNMENT];
+        let id = BlockId { shard: ShardId(3), generation: 7, sequence: 9, durable_sequence: 8, previous_crc: 5 };
+        let mut writer = BlockWriter::new(&mut bytes, 9);
+        let mut builder = batch::Builder::new(4096);
+        let mut body = Vec::new();
+        let mut sizes = Vec::new();
+        for payload in [&b"one"[..], &[2; 300], b""] {
+            builder.push(&batch::NewRecord { payload, ..Default::default() }).unwrap();
+            builder.push(&batch::NewRecord { payload, ..Default::default() }).unwrap();
+            let before = body.len();
+            builder.seal(&batch::Seal::default(), &mut body);
+            sizes.push(body.len() - before);
+        }
+        let ledger = LedgerId { partition: PartitionId(11), sequence: 2 };
+        writer.extent(&ExtentHeader {
+            kind: ExtentKind::Data,
+            body_bytes: sizes.iter().map(|bytes| padded(*bytes) as u32).sum(),
+            ledger,
+            first_entry: 4,
+            entry_count: 3,
+            base_offset: 100,
+            record_count: 6,
+            max_append_time_ms: 1000,
+            block_sequence: 0,
+        });
+        let mut rest = &body[..];
+        for (index, size) in sizes.iter().enumerate() {
+            writer.batch(&rest[..*size], 100 + 2 * index as u64, 1000);
+            rest = &rest[*size..];
+        }
+        writer.extent(&ExtentHeader {
+            kind: ExtentKind::State,
+            body_bytes: 32,
+            ledger: LedgerId { sequence: 0, ..ledger },
+            first_entry: 0,
+            entry_count: 1,
+            base_offset: 0,
+            record_count: 0,
+            max_append_time_ms: 0,
+            block_sequence: 0,
+        });
+        writer.checked(&[1; 32]);
+        writer.finish(&id);
+        bytes
+    }
+
+    #[test]
+    fn a_block_reads_as_it_was_written() {
+        let bytes = sample();
+        let header = check(&bytes).unwrap();
+        assert_eq!((header.id.shard, header.id.generation, header.id.sequence), (ShardId(3), 7, 9));
+        assert_eq!((header.id.durable_sequence, header.id.previous_crc), (8, 5));
+        let found: Vec<_> = extents(&header, &bytes).map(Result::unwrap).collect();
+        assert_eq!(found.len(), 2);
+        let (extent, position) = found[0];
+        assert_eq!((extent.first_entry, extent.entry_count, extent.block_sequence), (4, 3, 9));
+        let body = &bytes[position + EXTENT_HEADER_BYTES..][..extent.body_bytes as usize];
+        let mut offsets = Vec::new();
+        assert_eq!(check_batches(&extent, body, |header, _| offsets.push(header.base_offset)), []);
+        assert_eq!(offsets, [100, 102, 104]);
+        let end = header.body_bytes as usize;
+        assert!(bytes[end..].iter().all(|&byte| byte == 0), "what is behind the extents is cleared");
+    }
+
+    #[test]
+    fn a_cut_starts_at_the_batch_of_the_offset() {
+        let bytes = sample();
+        let header = check(&bytes).unwrap();
+        let (extent, position) = extents(&header, &bytes).next().unwrap().unwrap();
+        let body = &bytes[position + EXTENT_HEADER_BYTES..][..extent.body_bytes as usize];
+        let offsets = |offset, bytes_max| {
+            let cut = cut(body, 100..106, offset, bytes_max).unwrap();
+            (cut.first_offset, cut.next_offset)
+        };
+        assert_eq!(offsets(100, 1 << 20), (100, 106));
+        assert_eq!(offsets(103, 1 << 20), (102, 106));
+        assert_eq!(offsets(105, 1), (104, 106));
+        assert_eq!(offsets(101, 1), (100, 102));
+        assert_eq!(cut(&body[..40], 100..106, 103, 1), None, "batches that do not lead there");
+    }
+
+    #[test]
+    fn every_flipped_bit_is_found_by_the_block_or_by_a_batch() {
+        let bytes = sample();
+        let header = check(&bytes).unwrap();
+        for position in 0..header.body_bytes as usize {
+            let mut bad = bytes.clone();
+            bad[position] ^= 1;
+            let whole = check(&bad).is_ok_and(|header| {
+                extents(&header, &bad).flatten().filter(|(extent, _)| extent.kind == ExtentKind::Data).all(
+                    |(extent, start)| {
+                        let body = &bad[start + EXTENT_HEADER_BYTES..][..extent.body_bytes as usize];
+                        check_batches(&extent, body, |_, _| ()).is_empty()
+                    },
+                )
+            });
+            // Padding between batches is nobody's.
+            let (extent, start) = extents(&header, &bytes).next().unwrap().unwrap();
+            let body_start = start + EXTENT_HEADER_BYTES;
+            let mut at = body_start;
+            let mut padding = false;
+            while at < body_start + extent.body_bytes as usize {
+                let batch = batch_bytes(&bytes[at..]).unwrap();
+                padding |= (at + batch..at + padded(batch)).contains(&position);
+                at += padded(batch);
+            }
+            assert_eq!(whole, padding, "bit 0 of byte {position}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_an_error_and_never_a_panic(mut bytes in proptest::collection::vec(any::<u8>(), 0..20_000), graft in any::<bool>()) {
+            if graft && 64 <= bytes.len() {
+                bytes[..64].copy_from_slice(&sample()[..64]);
+            }
+            prop_assert!(check(&bytes).is_err());
+            let _ends = batches(&bytes).count();
+            let _cut = cut(&bytes, 0..10, 5, 100);
+            if let Ok(extent) = extent_header(&bytes) {
+                check_batches(&extent, &bytes, |_, _| ());
+            }
+        }
+
+        #[test]
+        fn a_changed_block_never_panics(changes in proptest::collection::vec((0usize..8192, any::<u8>()), 1..20)) {
+            let mut bytes = sample();
+            for (position, value) in changes {
+                bytes[position] = value;
+            }
+            if let Ok(header) = check(&bytes) {
+                for (extent, start) in extents(&header, &bytes).flatten() {
+                    let body = &bytes[start + EXTENT_HEADER_BYTES..][..extent.body_bytes as usize];
+                    check_batches(&extent, body, |_, _| ());
+                    let offsets = extent.base_offset..extent.next_offset().max(extent.base_offset + 1);
+                    let _cut = cut(body, offsets, extent.base_offset, 100);
+                    crate::state::RowChange::decode_all(extent.ledger.partition, body, |_| ());
+                }
+            }
+        }
+    }
+}

@@ -28,16 +28,27 @@ pub enum ItemKind {
     Segment(Option<SegmentHeader>),
     Block(BlockHeader),
     Extent(ExtentHeader),
-    Batch { header: batch::Header, good: bool },
+    Batch {
+        header: batch::Header,
+        good: bool,
+    },
     /// A batch whose header cannot be read.
     BadBatch,
     /// A row of state: what is done to it, its key, the length of its value.
-    Row { change: &'static str, key: Vec<u8>, value_bytes: usize },
-    Record { bytes: u32 },
+    Row {
+        change: &'static str,
+        key: Vec<u8>,
+        value_bytes: usize,
+    },
+    Record {
+        bytes: u32,
+    },
     /// A block of this use of the segment that is not whole.
     BadBlock(BlockError),
     /// Bytes that are no block of this use: never written, or left from an earlier use.
-    Nothing { end_position: u64 },
+    Nothing {
+        end_position: u64,
+    },
 }
 
 impl fmt::Display for Item {
@@ -96,7 +107,14 @@ pub fn segment(path: &Path) -> io::Result<Dump> {
     file.read_exact_at(&mut head, 0)?;
     let header = segment::decode(&head).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
     let first = Item { position: 0, kind: ItemKind::Segment(header) };
-    Ok(Dump { file, bytes, position: segment::HEADER_BYTES, header, items: VecDeque::from([first]), nothing_from: None })
+    Ok(Dump {
+        file,
+        bytes,
+        position: segment::HEADER_BYTES,
+        header,
+        items: VecDeque::from([first]),
+        nothing_from: None,
+    })
 }
 
 #[derive(Debug)]
@@ -135,9 +153,9 @@ impl Dump {
         let mut head = [0; block::HEADER_BYTES];
         self.file.read_exact_at(&mut head, position)?;
         let ours = |header: &BlockHeader| {
-            self.header.is_some_and(|segment| {
-                segment.generation == header.id.generation && segment.shard == header.id.shard
-            }) && position + header.block_bytes as u64 <= self.bytes
+            self.header
+                .is_some_and(|segment| segment.generation == header.id.generation && segment.shard == header.id.shard)
+                && position + header.block_bytes as u64 <= self.bytes
         };
         let Some(header) = block::header(&head).ok().filter(ours) else {
             self.nothing_from.get_or_insert(position);

@@ -65,7 +65,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                 if !completed && !started {
                     break;
                 }
-                drava_runtime::yield_if_needed().await;
+                self.io.yield_if_needed().await;
             }
         }
     }
@@ -221,7 +221,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         let mut group = staging.take_front().expect("it was looked at");
         drop(staging);
         self.in_flight_bytes.set(self.in_flight_bytes.get() + group.body_bytes as u64);
-        let mut buffer = self.pool.take(block_bytes);
+        let mut buffer = self.pool.take_exact(block_bytes);
         let bytes = Rc::get_mut(&mut buffer).expect("the pool gives what nobody else holds").as_mut();
         let mut writer = BlockWriter::new(bytes, placement.id.sequence);
         group.write(&mut writer, row);
@@ -336,12 +336,12 @@ impl<I: Io, T: 'static> Inner<I, T> {
                     next = (next + 1) % count;
                     looked += 1;
                 }
-                drava_runtime::yield_if_needed().await;
+                self.io.yield_if_needed().await;
             }
             self.backlog.expire(self.io.now());
             let mut indexing = self.indexing.borrow_mut();
-            let flush_due = (indexing.unflushed || indexing.changed)
-                && indexing.flushed_at + INDEX_FLUSH_INTERVAL <= self.io.now();
+            let flush_due =
+                (indexing.unflushed || indexing.changed) && indexing.flushed_at + INDEX_FLUSH_INTERVAL <= self.io.now();
             if indexing.changed || flush_due {
                 indexing.wanted = true;
                 indexing.flush_wanted |= flush_due;

@@ -239,8 +239,19 @@ enum Request {
     Stop(ReplySender<()>),
     Load(ReplySender<Result<Loaded, IndexError>>),
     Apply(Box<IndexBatch>, ReplySender<Result<Applied, IndexError>>),
-    Extents { partition: PartitionId, offset: u64, count_max: usize, reply: ReplySender<Result<Vec<ExtentRow>, IndexError>> },
-    Since { partition: PartitionId, start_offset: u64, end_offset: u64, time_ms: u64, reply: ReplySender<Result<Option<ExtentRow>, IndexError>> },
+    Extents {
+        partition: PartitionId,
+        offset: u64,
+        count_max: usize,
+        reply: ReplySender<Result<Vec<ExtentRow>, IndexError>>,
+    },
+    Since {
+        partition: PartitionId,
+        start_offset: u64,
+        end_offset: u64,
+        time_ms: u64,
+        reply: ReplySender<Result<Option<ExtentRow>, IndexError>>,
+    },
 }
 
 /// The shard's side of the index thread. The thread ends when this is dropped and its work is done.

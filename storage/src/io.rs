@@ -51,6 +51,9 @@ pub trait Io: Clone + 'static {
     fn spawn(&self, task: impl Future<Output = ()> + 'static);
 
     fn sleep(&self, time: Duration) -> impl Future<Output = ()>;
+
+    /// Lets other tasks of this executor run if this one has had its share.
+    fn yield_if_needed(&self) -> impl Future<Output = ()>;
 }
 
 /// An open file. Positions and lengths are multiples of [`ALIGNMENT`].

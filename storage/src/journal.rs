@@ -28,6 +28,8 @@ const QUIET: Duration = Duration::from_millis(200);
 /// How long to wait before trying again to make a segment on a full or failing disk.
 const RETRY: Duration = Duration::from_millis(500);
 const FILL_BYTES: usize = 1 << 20;
+/// Dead segments kept for the next burst, beside the spares; the room of others goes back to the file system.
+const DEAD_KEPT: usize = 4;
 
 #[derive(Clone, Debug)]
 pub(crate) struct JournalConfig {
@@ -135,7 +137,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
         end: Option<JournalEnd>,
         woken: Rc<Notify>,
     ) -> Journal<I, P> {
-        let generation = segments.iter().flatten().map(|segment| segment.generation).max().unwrap_or(0);
+        let found = segments.iter().flatten().map(|segment| segment.generation).max().unwrap_or(0);
+        let generation = end.map_or(0, |end| end.generation).max(found);
         let mut active = None;
         if let Some(end) = end {
             let slot = segments.get_mut(end.segment.0 as usize).and_then(Option::as_mut);
@@ -410,6 +413,11 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 } else if self.state.borrow().full {
                     self.io.sleep(RETRY).await;
                 }
+            } else if let Some(id) = self.surplus() {
+                if let Err(error) = self.remove(id).await {
+                    tracing::warn!(shard = self.config.shard.0, error = %error, "a dead segment could not be removed");
+                    self.io.sleep(RETRY).await;
+                }
             } else if self.needs_spare() {
                 if !self.is_quiet() {
                     self.io.sleep(QUIET).await;
@@ -441,6 +449,27 @@ impl<I: Io, P: 'static> Journal<I, P> {
         let dead = state.segments.iter().flatten().filter(|segment| state.is_dead(segment)).count();
         let spare = state.segments.iter().flatten().filter(|segment| segment.role == Role::Spare).count();
         !state.full && dead + spare + usize::from(state.prepared.is_some()) < self.config.segments_spare
+    }
+
+    /// A dead segment that nobody will need soon, or that has not the size of today's.
+    fn surplus(&self) -> Option<SegmentId> {
+        let state = self.state.borrow();
+        let dead = |segment: &&Option<Segment<I::File>>| segment.as_ref().is_some_and(|s| state.is_dead(s));
+        let odd = state.segments.iter().position(|segment| {
+            segment.as_ref().is_some_and(|s| state.is_dead(s) && s.bytes != self.config.segment_bytes)
+        });
+        let many = self.config.segments_spare + DEAD_KEPT < state.segments.iter().filter(dead).count();
+        let found = odd.or_else(|| state.segments.iter().rposition(|s| dead(&s)).filter(|_| many));
+        found.map(|index| SegmentId(index as u32))
+    }
+
+    async fn remove(&self, id: SegmentId) -> io::Result<()> {
+        self.io.remove(&segment::path(&self.config.dir, id)).await?;
+        let mut state = self.state.borrow_mut();
+        // Whoever still reads from it holds the file.
+        state.segments[id.0 as usize] = None;
+        state.opened.retain(|opened| *opened != id);
+        Ok(())
     }
 
     fn is_quiet(&self) -> bool {

@@ -72,6 +72,11 @@ impl<I: Io> BufferPool<I> {
         Rc::new(self.io.buffer(class_bytes))
     }
 
+    /// A buffer of exactly `bytes`, a multiple of [`ALIGNMENT`].
+    pub(crate) fn take_exact(&self, bytes: usize) -> Rc<I::Buffer> {
+        if class_bytes(bytes) == bytes { self.take(bytes) } else { Rc::new(self.io.buffer(bytes)) }
+    }
+
     /// Takes a buffer back, unless somebody still holds it or there are enough.
     pub(crate) fn give(&self, mut buffer: Rc<I::Buffer>) {
         let bytes = (*buffer).as_ref().len();
@@ -82,7 +87,9 @@ impl<I: Io> BufferPool<I> {
             return;
         }
         let (index, class_bytes) = class(bytes);
-        debug_assert!(class_bytes == bytes, "a buffer of {bytes} bytes in the class of {class_bytes}");
+        if class_bytes != bytes {
+            return;
+        }
         self.classes.borrow_mut()[index].push(buffer);
         self.free_bytes.set(self.free_bytes.get() + bytes);
     }

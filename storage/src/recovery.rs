@@ -15,6 +15,7 @@ use std::rc::Rc;
 use drava_protocol::{ShardId, batch};
 
 use crate::block::{self, BlockHeader, EXTENT_HEADER_BYTES, ExtentHeader, ExtentKind};
+use crate::index::Covered;
 use crate::io::{ALIGNMENT, File, Io};
 use crate::journal::{JournalEnd, Role, Segment};
 use crate::segment::{self, SegmentId};
@@ -25,6 +26,8 @@ const WINDOW_BYTES_MIN: usize = 256 << 10;
 const WINDOW_BYTES_MAX: usize = 8 << 20;
 /// In a segment behind that of a bad block, the first whole block is looked for up to here.
 const LOOK_AHEAD_BYTES: u64 = 4 << 20;
+/// How much of a damaged range is searched for what it held.
+const LOST_BYTES_MAX: u64 = 16 << 20;
 /// Segment headers read at a time.
 const SURVEY_IN_FLIGHT: usize = 32;
 
@@ -80,8 +83,8 @@ pub(crate) async fn survey<I: Io>(
                         }
                     };
                     let role = if generation == 0 { Role::Spare } else { Role::Sealed };
-                    let segment =
-                        Segment { generation, bytes, file: Some(Rc::new(file)), live_bytes: 0, last_sequence: 0, role };
+                    // Closed again: there may be more segments than a process may have open.
+                    let segment = Segment { generation, bytes, file: None, live_bytes: 0, last_sequence: 0, role };
                     Ok(Some((id, segment)))
                 }
             })
@@ -155,15 +158,28 @@ pub(crate) struct Replayed {
     pub(crate) end: Option<JournalEnd>,
 }
 
-/// Reads all blocks from `start` on, or all there are, and gives each to `visit`. `sealed`: the journal was closed in
-/// good order at `start`, so that nothing but a block right there can follow.
+/// Who hears what replay finds.
+pub(crate) trait Visitor {
+    /// A block, in order.
+    fn block(&mut self, block: &Visited<'_>);
+
+    /// An extent of a damaged block, as far as its header can still be read: the messages are gone, but their offsets
+    /// were given out.
+    fn lost(&mut self, extent: &ExtentHeader);
+}
+
+/// Reads all blocks from `covered` on, or all there are. Sealed: the journal was closed in good order there, so that
+/// nothing but a block right behind it can follow.
 pub(crate) async fn replay<I: Io>(
+    io: &I,
+    dir: &Path,
     shard: ShardId,
     segments: &mut [Option<Segment<I::File>>],
-    start: Option<JournalEnd>,
-    sealed: bool,
-    mut visit: impl FnMut(&Visited<'_>),
+    covered: Option<Covered>,
+    visitor: &mut impl Visitor,
 ) -> Result<Replayed, OpenError> {
+    let start = covered.map(|covered| covered.end);
+    let sealed = covered.is_some_and(|covered| covered.sealed);
     let mut order: Vec<(u64, SegmentId)> = segments
         .iter()
         .enumerate()
@@ -184,14 +200,14 @@ pub(crate) async fn replay<I: Io>(
     let mut position = start
         .filter(|start| order[at] == (start.generation, start.segment))
         .map_or(segment::HEADER_BYTES, |start| start.position);
-    let mut reader = Reader::<I::File>::open(segments, order[at], shard)?;
+    let mut reader = Reader::open(io, dir, segments, order[at], shard).await?;
     let mut block = Parsed::default();
     loop {
         // The end is where the last good block ended.
         let problem = reader.block(position, &mut block).await?.and_then(|()| chain.fits(&block));
         let Err(problem) = problem else {
             let header = block.header.expect("parsed");
-            visit(&Visited {
+            visitor.block(&Visited {
                 segment: order[at].1,
                 position,
                 header,
@@ -219,9 +235,10 @@ pub(crate) async fn replay<I: Io>(
         // A segment ends where another goes on: the next, unless that was made ready and never used.
         let mut moved = false;
         for (index, &next) in order.iter().enumerate().skip(at + 1) {
-            let mut next_reader = Reader::<I::File>::open(segments, next, shard)?;
+            let mut next_reader = Reader::open(io, dir, segments, next, shard).await?;
             let fits = next_reader.block(segment::HEADER_BYTES, &mut block).await?.and_then(|()| chain.fits(&block));
             if fits.is_ok() {
+                reader.sync().await?;
                 (at, position, reader, moved) = (index, segment::HEADER_BYTES, next_reader, true);
                 break;
             }
@@ -229,7 +246,7 @@ pub(crate) async fn replay<I: Io>(
         if moved {
             continue;
         }
-        let later = find_later(segments, &order, at, position, &chain, shard, &mut reader).await?;
+        let later = find_later(io, dir, segments, &order, (at, position), &chain, &mut reader).await?;
         let Some(later) = later else {
             if problem != Misfit::Nothing {
                 replayed.torn = Some(TornTail { segment: order[at].1.0, position });
@@ -250,11 +267,17 @@ pub(crate) async fn replay<I: Io>(
                 end_position,
                 "a part of the journal is damaged; it is skipped"
             );
+            let lost_bytes = (end_position - position).min(LOST_BYTES_MAX) as usize;
+            let sequences = chain.sequence.unwrap_or(later.sequence)..later.sequence;
+            if !sequences.is_empty() {
+                lost_extents(reader.at(position, lost_bytes).await?, &sequences, visitor);
+            }
             replayed.damaged.push(DamagedRange { segment: order[at].1.0, start_position: position, end_position });
         }
         if jump {
+            reader.sync().await?;
             at = later.at;
-            reader = Reader::<I::File>::open(segments, order[at], shard)?;
+            reader = Reader::open(io, dir, segments, order[at], shard).await?;
         }
         position = later.position;
         chain = Chain { sequence: Some(later.sequence), crc: None };
@@ -268,11 +291,9 @@ pub(crate) async fn replay<I: Io>(
             previous_crc: 0,
         }));
     }
-    // What was read may still be on its way to the disk, written by a process that is gone.
-    for &(_, id) in &order[at..] {
-        if let Some(file) = segments[id.0 as usize].as_ref().and_then(|segment| segment.file.clone()) {
-            file.sync().await.map_err(open_error(format!("sync segment {id}")))?;
-        }
+    reader.sync().await?;
+    if let Some(segment) = segments[order[at].1.0 as usize].as_mut() {
+        segment.file = Some(reader.file.clone());
     }
     // Segments made ready behind the end hold nothing.
     for &(_, id) in &order[(at + 1).min(order.len())..] {
@@ -281,6 +302,17 @@ pub(crate) async fn replay<I: Io>(
         }
     }
     Ok(replayed)
+}
+
+/// Finds extent headers of blocks that are not whole. The block's sequence in each vouches for it.
+fn lost_extents(bytes: &[u8], sequences: &std::ops::Range<u64>, visitor: &mut impl Visitor) {
+    for position in (0..bytes.len()).step_by(16) {
+        let Ok(header) = block::extent_header(&bytes[position..]) else { continue };
+        let plausible = header.record_count <= header.entry_count as u64 * batch::RECORDS_MAX as u64;
+        if header.kind == ExtentKind::Data && sequences.contains(&header.block_sequence) && plausible {
+            visitor.lost(&header);
+        }
+    }
 }
 
 fn seal<F>(segments: &mut [Option<Segment<F>>], id: SegmentId, sequence: u64) {
@@ -327,26 +359,27 @@ struct Later {
 }
 
 /// The first whole block behind a bad one, if a block behind it says that the bad one was durable.
-async fn find_later<F: File>(
-    segments: &[Option<Segment<F>>],
+async fn find_later<I: Io>(
+    io: &I,
+    dir: &Path,
+    segments: &[Option<Segment<I::File>>],
     order: &[(u64, SegmentId)],
-    at: usize,
-    bad_position: u64,
+    (at, bad_position): (usize, u64),
     chain: &Chain,
-    shard: ShardId,
-    reader: &mut Reader<F>,
+    reader: &mut Reader<I::File>,
 ) -> Result<Option<Later>, OpenError> {
     let Some(expected) = chain.sequence else {
         return Ok(None);
     };
+    let shard = reader.shard;
     let mut first = None;
     let mut block = Parsed::default();
     let mut other;
-    for index in at..order.len() {
+    for (index, &listed) in order.iter().enumerate().skip(at) {
         let (reader, mut position) = if index == at {
             (&mut *reader, bad_position)
         } else {
-            other = Reader::<F>::open(segments, order[index], shard)?;
+            other = Reader::open(io, dir, segments, listed, shard).await?;
             (&mut other, segment::HEADER_BYTES)
         };
         while position + (block::HEADER_BYTES as u64) < reader.bytes {
@@ -404,14 +437,17 @@ struct Reader<F> {
 }
 
 impl<F: File> Reader<F> {
-    fn open(
+    async fn open<I: Io<File = F>>(
+        io: &I,
+        dir: &Path,
         segments: &[Option<Segment<F>>],
         (generation, segment): (u64, SegmentId),
         shard: ShardId,
     ) -> Result<Reader<F>, OpenError> {
-        let found = segments[segment.0 as usize].as_ref().expect("listed above");
-        let file = found.file.clone().expect("survey leaves segments open");
-        let bytes = found.bytes;
+        let bytes = segments[segment.0 as usize].as_ref().expect("listed above").bytes;
+        let path = segment::path(dir, segment);
+        let file = io.open(&path).await.map_err(open_error(format!("open {}", path.display())))?;
+        let file = Rc::new(file);
         Ok(Reader {
             file,
             segment,
@@ -422,6 +458,11 @@ impl<F: File> Reader<F> {
             window: Vec::new(),
             read_bytes: WINDOW_BYTES_MIN,
         })
+    }
+
+    /// What was read may still be on its way to the disk, written by a process that is gone.
+    async fn sync(&self) -> Result<(), OpenError> {
+        self.file.sync().await.map_err(open_error(format!("sync segment {}", self.segment)))
     }
 
     /// Reads the block at `position` into `block`. The outer error is the disk's.

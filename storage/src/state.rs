@@ -40,8 +40,13 @@ pub const VALUE_BYTES_MAX: usize = 256 << 10;
 /// One record of a state ledger.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum RowChange {
-    Put { key: Vec<u8>, value: Vec<u8> },
-    Delete { key: Vec<u8> },
+    Put {
+        key: Vec<u8>,
+        value: Vec<u8>,
+    },
+    Delete {
+        key: Vec<u8>,
+    },
     /// Ledgers before one are deleted.
     Trim(Trim),
     /// The partition is deleted.

@@ -117,7 +117,7 @@ pub struct NewEntry {
 pub enum AppendError {
     #[error("a write to the journal failed earlier; nothing is appended any more")]
     ReadOnly,
-    #[error("the disk has no room above its reserve")]
+    #[error("there is no room for another journal segment: the disk is full to its reserve, or refuses it")]
     Full,
     #[error("an entry of {entry_bytes} bytes; at most {limit_bytes} fit")]
     TooLarge { entry_bytes: u64, limit_bytes: u64 },
@@ -387,8 +387,17 @@ impl<I: Io, T: 'static> Store<I, T> {
         let mut partitions = inner.partitions.borrow_mut();
         let partition = &mut partitions.list[slot.0 as usize];
         let entry_bytes = entry.bytes.len() as u64;
-        assert!(entry.header.batch_bytes as u64 == entry_bytes, "a batch of {} bytes in {entry_bytes}", entry.header.batch_bytes);
-        assert!(entry.base_offset == partition.next_offset, "offset {} where {} is next", entry.base_offset, partition.next_offset);
+        assert!(
+            entry.header.batch_bytes as u64 == entry_bytes,
+            "a batch of {} bytes in {entry_bytes}",
+            entry.header.batch_bytes
+        );
+        assert!(
+            entry.base_offset == partition.next_offset,
+            "offset {} where {} is next",
+            entry.base_offset,
+            partition.next_offset
+        );
         if partition.deleted {
             return Err((AppendError::Deleted, token));
         }
@@ -497,7 +506,9 @@ impl<I: Io, T: 'static> Store<I, T> {
                 let Some(block) = cache.get(extent.block_sequence) else { break };
                 let body_start = extent.in_block as usize + EXTENT_HEADER_BYTES;
                 let body = &block.bytes()[body_start..body_start + extent.body_bytes as usize];
-                let Some(cut) = block::cut(body, extent.first_offset..extent.next_offset, next_offset, left) else { break };
+                let Some(cut) = block::cut(body, extent.first_offset..extent.next_offset, next_offset, left) else {
+                    break;
+                };
                 let run_bytes = cut.end - cut.start;
                 if hit && left < run_bytes {
                     break;
@@ -559,7 +570,7 @@ impl<I: Io, T: 'static> Store<I, T> {
             if let Some(next_offset) = self.0.read_backlog(slot.0, offset, bytes_max, out).await? {
                 return Ok(next_offset);
             }
-            drava_runtime::yield_if_needed().await;
+            self.0.io.yield_if_needed().await;
         }
     }
 

@@ -55,7 +55,9 @@ fn deleted_ledgers_give_their_segments_back_and_nothing_is_misread() {
         assert!(damaged.is_empty(), "{damaged:?}");
         assert_eq!(batches, (span.start_offset..seed).map(|offset| (offset, offset)).collect::<Vec<_>>());
         let read = f.store.read(slot, 0, 1000, &mut Vec::new()).await;
-        assert!(matches!(read, Err(ReadError::Trimmed { offset: 0, start_offset }) if start_offset == span.start_offset));
+        assert!(
+            matches!(read, Err(ReadError::Trimmed { offset: 0, start_offset }) if start_offset == span.start_offset)
+        );
         assert_eq!(f.read_all(quiet, 0).await.0, [(0, 7)]);
         f.store.close().await;
     });

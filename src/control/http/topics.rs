@@ -1,6 +1,5 @@
 //! Topics: list, create, describe, delete, and where their partitions live.
 
-use std::collections::BTreeMap;
 use std::future::Future;
 use std::ops::Bound;
 use std::rc::Rc;
@@ -15,6 +14,7 @@ use axum::response::{IntoResponse, Response};
 use drava_protocol::message;
 use drava_protocol::topic::TopicName;
 use drava_protocol::{ErrorCode, PartitionId};
+use drava_raft::SharedMap;
 use futures_util::stream::{self, StreamExt};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -418,7 +418,7 @@ fn full(name: &str) -> String {
     if name.is_empty() || name.starts_with('/') { name.to_owned() } else { format!("{DEFAULT_PARENT}{name}") }
 }
 
-fn page(topics: &BTreeMap<TopicName, Arc<drava_raft::Topic>>, prefix: &str, after: &str, limit: usize) -> TopicList {
+fn page(topics: &SharedMap<TopicName, Arc<drava_raft::Topic>>, prefix: &str, after: &str, limit: usize) -> TopicList {
     let start = if after < prefix { Bound::Included(prefix) } else { Bound::Excluded(after) };
     let mut found =
         topics.range::<str, _>((start, Bound::Unbounded)).take_while(|(name, _)| name.as_str().starts_with(prefix));

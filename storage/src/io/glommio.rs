@@ -117,6 +117,10 @@ impl Io for GlommioIo {
     async fn sleep(&self, time: Duration) {
         drava_runtime::time::sleep(time).await;
     }
+
+    async fn yield_if_needed(&self) {
+        drava_runtime::yield_if_needed().await;
+    }
 }
 
 #[derive(Debug)]
