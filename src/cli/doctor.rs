@@ -31,8 +31,7 @@ impl DoctorCommand {
     }
 }
 
-/// The findings as `drava doctor` and a refused boot show them.
-pub(super) fn findings_table(findings: &[Finding]) -> comfy_table::Table {
+fn findings_table(findings: &[Finding]) -> comfy_table::Table {
     let rows = findings.iter().map(|finding| {
         let outcome = match finding.outcome {
             Outcome::Ok => "ok",

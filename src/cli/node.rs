@@ -1,9 +1,10 @@
 //! `drava node`: runs a node until it is told to stop.
 
+use std::io::IsTerminal;
+
 use clap::Args;
 use tracing_subscriber::EnvFilter;
 
-use super::doctor::findings_table;
 use super::exit::with_sources;
 use super::options::ConfigOptions;
 use super::output::print;
@@ -11,7 +12,7 @@ use super::{Exit, Failure};
 use crate::config::print::print as print_config;
 use crate::config::{LogConfig, LogFormat};
 use crate::node::boot::{self, BootError, RunningNode};
-use crate::node::probe::{Finding, Outcome};
+use crate::node::probe::Finding;
 
 /// Run a node. SIGTERM and SIGINT make it finish what is in flight and end.
 #[derive(Debug, Args)]
@@ -59,7 +60,10 @@ fn start_logging(config: &LogConfig) {
     // The metadata group tells each heartbeat at our level; its warnings are enough.
     let level = config.level.name();
     let filter = EnvFilter::new(format!("{level},openraft={}", if level == "error" { "error" } else { "warn" }));
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
     match config.format {
         LogFormat::Text => subscriber.init(),
         LogFormat::Json => subscriber.json().init(),
@@ -70,9 +74,9 @@ impl From<BootError> for Failure {
     fn from(error: BootError) -> Failure {
         match &error {
             BootError::Host(findings) => {
-                let wrong: Vec<Finding> =
-                    findings.iter().filter(|finding| finding.outcome != Outcome::Ok).cloned().collect();
-                Failure::new(Exit::HostUnfit, format!("{error}:\n{}", findings_table(&wrong)))
+                let failed = findings.iter().filter(|finding| finding.is_failed());
+                let lines: Vec<String> = failed.map(Finding::sentence).collect();
+                Failure::new(Exit::HostUnfit, format!("{error}:\n{}", lines.join("\n")))
             }
             BootError::DataDir(_) | BootError::Port(_) => Failure::new(Exit::HostUnfit, with_sources(&error)),
             BootError::Index { .. }

@@ -55,10 +55,16 @@ impl Finding {
     pub fn is_failed(&self) -> bool {
         self.outcome == Outcome::Failed
     }
+
+    /// What was found and what to do, in one line.
+    pub fn sentence(&self) -> String {
+        let Finding { check, found, remedy, .. } = self;
+        if remedy.is_empty() { format!("{check}: {found}") } else { format!("{check}: {found}. To do: {remedy}") }
+    }
 }
 
 /// Looks at the host for a node of this configuration. Raises the soft limits of this process to the hard ones, and
-/// writes and removes a small file in the data directory.
+/// writes and removes a small file in the data directory, or where it will be made.
 pub fn probe(config: &NodeConfig) -> Vec<Finding> {
     judge(config, &Facts::gather(config))
 }
@@ -91,6 +97,7 @@ impl Facts {
         let memlock_bytes = raise(Resource::Memlock);
         let files_max = raise(Resource::Nofile);
         let holder = data_dir::holder(&config.data_dir);
+        let dir = existing(&config.data_dir);
         Facts {
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
             io_uring_disabled: std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled")
@@ -100,10 +107,8 @@ impl Facts {
             cores: cores_allowed(),
             memlock_bytes,
             files_max,
-            durable_write: std::fs::create_dir_all(&config.data_dir)
-                .and_then(|()| durable_write(&config.data_dir))
-                .map_err(|error| error.to_string()),
-            free_bytes: free_bytes(&config.data_dir).map_err(|error| error.to_string()),
+            durable_write: durable_write(dir).map_err(|error| error.to_string()),
+            free_bytes: free_bytes(dir).map_err(|error| error.to_string()),
             ports_taken: if holder.is_some() { Vec::new() } else { ports_taken(config) },
             holder,
         }
@@ -296,6 +301,12 @@ fn raise(resource: Resource) -> Option<u64> {
     limit.current
 }
 
+/// The nearest directory at or above `dir` that exists: a doctor makes none.
+fn existing(dir: &Path) -> &Path {
+    let named = |dir: &&Path| !dir.as_os_str().is_empty();
+    dir.ancestors().take_while(named).find(|dir| dir.is_dir()).unwrap_or(Path::new("."))
+}
+
 fn start_executor() -> io::Result<()> {
     Executor::start(ExecutorConfig::new("probe", None), || async {})?.join()
 }
@@ -460,6 +471,6 @@ mod tests {
         assert!(facts.durable_write.is_ok(), "{:?}", facts.durable_write);
         assert_eq!(facts.executor, Ok(()));
         assert!(facts.ports_taken.iter().any(|(address, _)| *address == config.listen));
-        assert_eq!(std::fs::read_dir(&config.data_dir).unwrap().count(), 0);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }
