@@ -50,7 +50,7 @@ pub struct ProduceCommand {
     /// What is before the first of these in a line is its key; a line without one has no key.
     #[arg(long, value_parser = quantity::separator, value_name = "TEXT")]
     key_separator: Option<Separator>,
-    /// The largest batch.
+    /// The largest batch; a longer line has a batch of its own.
     #[arg(long, default_value = "256KiB", value_parser = quantity::bytes, value_name = "SIZE")]
     batch_bytes: u64,
     /// How long a line may wait for others to share its batch.
