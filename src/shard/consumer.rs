@@ -208,6 +208,9 @@ impl Shard {
             Err(error) => {
                 let code = match error {
                     SubscribeError::Busy(_) => ErrorCode::SubscriptionBusy,
+            // Beyond the end there is nothing yet that could be done already.
+            let span = self.store.span(hosted.slot);
+            let start = start.clamp(span.start_offset, span.end_offset);
                     SubscribeError::Name(_) | SubscribeError::TooMany => ErrorCode::InvalidArgument,
                 };
                 return self.answer_error(&responder, correlation, code, 0, &error.to_string());
