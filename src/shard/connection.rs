@@ -21,7 +21,7 @@ use drava_protocol::frame::{self, Decoded};
 use drava_protocol::message::{self, Kind, Message};
 use drava_protocol::{ErrorCode, frame::Frame};
 use drava_runtime::chunk::{Chunk, ChunkPool, Slice};
-use drava_runtime::local::Wait;
+use drava_runtime::local::{Broadcast, Wait};
 use drava_runtime::net::TcpStream;
 use drava_storage::Run;
 use futures_lite::io::{AsyncRead, AsyncWrite};
@@ -62,6 +62,8 @@ pub struct Connection {
     consumers: RefCell<BTreeMap<u32, Rc<Consumer>>>,
     /// Queued on all connections of the shard.
     out_total: Rc<Cell<usize>>,
+    /// Changes when queued bytes went out, and when the connection is over.
+    room: Broadcast,
     /// Give back what of the chunk is not used by the unfinished frame.
     compact: Cell<bool>,
 }
@@ -146,6 +148,7 @@ impl Connection {
             consumers: RefCell::default(),
             out_total,
             compact: Cell::new(false),
+            room: Broadcast::default(),
         }
     }
 
@@ -241,6 +244,25 @@ impl Connection {
 
     fn out_bytes_max(&self) -> usize {
         if self.out_total.get() < OUT_TOTAL_BYTES_MAX { OUT_BYTES_MAX } else { OUT_BYTES_CROWDED }
+    /// Whether nothing more is sent, whatever is queued.
+    pub fn is_over(&self) -> bool {
+        self.aborted.get()
+    }
+
+    /// Returns when more may be queued, or when the connection is over and nobody waits for it.
+    pub async fn room(&self) {
+        let mut wait = self.room.wait();
+        std::future::poll_fn(|cx| {
+            if self.has_room() || self.aborted.get() {
+                wait.leave();
+                return Poll::Ready(());
+            }
+            wait.enter(cx);
+            Poll::Pending
+        })
+        .await
+    }
+
     }
 
     pub fn consumer(&self, id: u32) -> Option<Rc<Consumer>> {
@@ -435,6 +457,7 @@ fn turn(
     if connection.closing.get() {
         if all_sent {
             return Poll::Ready(Ok(Turn::Closed));
+    connection.room.notify_all();
         }
         register(connection, cx);
         return Poll::Pending;
@@ -494,7 +517,8 @@ fn send(shard: &Shard, connection: &Connection, stream: &mut TcpStream, cx: &mut
     if out.bytes == 0 {
         return Ok(true);
     }
-    let was_full = connection.out_bytes_max() <= out.bytes;
+    // With the least that the limit may have been when somebody found no room.
+    let was_full = OUT_BYTES_CROWDED <= out.bytes;
     out.seal_tail();
     loop {
         if out.bytes == 0 {
@@ -527,7 +551,8 @@ fn send(shard: &Shard, connection: &Connection, stream: &mut TcpStream, cx: &mut
     }
     let left = out.bytes;
     drop(out);
-    if was_full && left < connection.out_bytes_max() {
+    if was_full && connection.has_room() {
+        connection.room.notify_all();
         for consumer in connection.consumers.borrow().values() {
             consumer.wake();
         }

@@ -28,7 +28,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use drava_protocol::message::Message;
+use drava_protocol::message::{Kind, Message};
 use drava_protocol::{ErrorCode, NodeId, PartitionId, ShardId, frame};
 use drava_raft::Image;
 use drava_runtime::chunk::ChunkPool;
@@ -124,18 +124,18 @@ struct Hosted {
 #[derive(Clone, Debug)]
 enum Responder {
     Local(Rc<Connection>),
-    /// A connection of another shard, which forwarded the request.
-    Remote { shard: ShardId, connection: u64 },
+    /// A connection of another shard, which forwarded the request of that kind.
+    Remote { shard: ShardId, connection: u64, kind: Kind },
 }
 
 impl Shard {
     fn answer<M: Message>(&self, responder: &Responder, correlation: u64, message: &M) {
         match responder {
             Responder::Local(connection) => connection.answer(correlation, message),
-            Responder::Remote { shard, connection } => {
+            Responder::Remote { shard, connection, kind } => {
                 let mut frame = Vec::new();
                 frame::encode(message, 0, correlation, 0, &mut frame);
-                self.answer_remote(*shard, *connection, frame);
+                self.answer_remote(*shard, *connection, *kind, frame);
             }
         }
     }
@@ -143,14 +143,14 @@ impl Shard {
     fn answer_with<M: Message>(&self, responder: &Responder, correlation: u64, message: &M, runs: &mut Vec<Run>) {
         match responder {
             Responder::Local(connection) => connection.answer_with(correlation, message, runs),
-            Responder::Remote { shard, connection } => {
+            Responder::Remote { shard, connection, kind } => {
                 let payload_bytes: usize = runs.iter().map(|run| run.len()).sum();
                 let mut frame = Vec::new();
                 frame::encode(message, 0, correlation, payload_bytes as u32, &mut frame);
                 for run in runs.drain(..) {
                     frame.extend_from_slice(&run);
                 }
-                self.answer_remote(*shard, *connection, frame);
+                self.answer_remote(*shard, *connection, *kind, frame);
             }
         }
     }
@@ -165,9 +165,9 @@ impl Shard {
         }
     }
 
-    fn answer_remote(&self, shard: ShardId, connection: u64, mut frame: Vec<u8>) {
+    fn answer_remote(&self, shard: ShardId, connection: u64, kind: Kind, mut frame: Vec<u8>) {
         frame::set_owner_port(&mut frame, self.ports[usize::from(self.id.0)]);
-        self.mesh.answer(shard, connection, frame);
+        self.mesh.answer(shard, connection, kind, frame);
     }
 
     /// Whether more may be staged. A shard that is read-only stages nothing, and answers at once.
@@ -180,11 +180,24 @@ impl Shard {
             Responder::Local(connection) => connection.has_room(),
             Responder::Remote { .. } => true,
         }
+    /// Whether a large answer may be made now. Those for other shards are bounded by what the mesh lets under way.
     }
 
     /// The slot of the partition at `index`; `None` when it was deleted.
     fn slot(&self, index: u32) -> Option<PartitionSlot> {
         self.hosted.borrow()[index as usize].as_ref().map(|hosted| hosted.slot)
+    }
+
+    /// Nobody is there to be answered.
+    fn is_over(&self, responder: &Responder) -> bool {
+        matches!(responder, Responder::Local(connection) if connection.is_over())
+    }
+
+    async fn room_for(&self, responder: &Responder) {
+        match responder {
+            Responder::Local(connection) => connection.room().await,
+            Responder::Remote { .. } => {}
+        }
     }
 
     /// Append times need no more than the clock of the turn, and the turn of a batch is short.
