@@ -81,6 +81,11 @@ pub struct Shard {
     limits: Limits,
     store: Store<GlommioIo, Token>,
     chunks: ChunkPool,
+    /// The connection that may receive beyond the limit of `chunks` until its frame is whole. With all memory held by
+    /// unfinished frames none of them could end otherwise; one at a time does.
+    overdraft: Cell<Option<u64>>,
+    /// Unfinished frames are about to be asked for memory.
+    relieving: Cell<bool>,
     counters: Counters,
     image: RefCell<Arc<Image>>,
     /// By index. The place of a deleted partition stays empty, so that no task meets another partition there.
@@ -175,17 +180,12 @@ impl Shard {
         self.store.staged_bytes() < self.limits.staged_bytes_max
     }
 
+    /// Whether a large answer may be made now. Those for other shards are bounded by what the mesh lets under way.
     fn has_room_for(&self, responder: &Responder) -> bool {
         match responder {
             Responder::Local(connection) => connection.has_room(),
             Responder::Remote { .. } => true,
         }
-    /// Whether a large answer may be made now. Those for other shards are bounded by what the mesh lets under way.
-    }
-
-    /// The slot of the partition at `index`; `None` when it was deleted.
-    fn slot(&self, index: u32) -> Option<PartitionSlot> {
-        self.hosted.borrow()[index as usize].as_ref().map(|hosted| hosted.slot)
     }
 
     /// Nobody is there to be answered.
@@ -200,6 +200,11 @@ impl Shard {
         }
     }
 
+    /// The slot of the partition at `index`; `None` when it was deleted.
+    fn slot(&self, index: u32) -> Option<PartitionSlot> {
+        self.hosted.borrow()[index as usize].as_ref().map(|hosted| hosted.slot)
+    }
+
     /// Append times need no more than the clock of the turn, and the turn of a batch is short.
     fn now_ms(&self) -> u64 {
         self.clock_ms.get()
@@ -209,6 +214,20 @@ impl Shard {
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         // Never backwards: append times of a partition go up even when the host's clock is set back.
         self.clock_ms.set(self.clock_ms.get().max(since_epoch.as_millis() as u64));
+    }
+
+    /// Whether `connection` has the overdraft, now or already.
+    fn claim_overdraft(&self, connection: u64) -> bool {
+        let holder = self.overdraft.get().unwrap_or(connection);
+        self.overdraft.set(Some(holder));
+        holder == connection
+    }
+
+    fn release_overdraft(&self, connection: u64) {
+        if self.overdraft.get() == Some(connection) {
+            self.overdraft.set(None);
+            self.chunks.notify_returned();
+        }
     }
 
     fn disconnected(&self, connection: u64) {
