@@ -64,6 +64,8 @@ pub struct Connection {
     consumers: RefCell<BTreeMap<u32, Rc<Consumer>>>,
     /// Changes when queued bytes went out, and when the connection is over.
     room: Broadcast,
+    /// Changes when the connection is over.
+    ended: Broadcast,
     /// Queued on all connections of the shard.
     out_total: Rc<Cell<usize>>,
     /// Give back what of the chunk is not used by the unfinished frame.
@@ -149,6 +151,7 @@ impl Connection {
             stuck_since: Cell::new(None),
             consumers: RefCell::default(),
             room: Broadcast::default(),
+            ended: Broadcast::default(),
             out_total,
             compact: Cell::new(false),
         }
@@ -247,6 +250,11 @@ impl Connection {
     /// Whether nothing more is sent, whatever is queued.
     pub fn is_over(&self) -> bool {
         self.aborted.get()
+    }
+
+    /// A wait for [`Connection::is_over`].
+    pub fn ended(&self) -> Wait<'_> {
+        self.ended.wait()
     }
 
     /// Returns when more may be queued, or when the connection is over and nobody waits for it.
@@ -458,6 +466,7 @@ pub async fn serve(shard: Rc<Shard>, connection: Rc<Connection>, mut stream: Tcp
     connection.out_total.set(connection.out_total.get() - unsent);
     connection.aborted.set(true);
     connection.room.notify_all();
+    connection.ended.notify_all();
     shard.release_overdraft(connection.id);
     shard.disconnected(connection.id);
 }

@@ -106,7 +106,7 @@ impl Shard {
         }
         let shard = self.clone();
         drava_runtime::spawn(async move {
-            shard.wait_for_messages(index, slot, fetch.offset, fetch.wait.min(FETCH_WAIT_MAX)).await;
+            shard.wait_for_messages(index, slot, &fetch, &responder).await;
             // A permit bounds what all fetches of the shard hold in memory at a time. Who does not read what was sent
             // before waits without one.
             let permit = loop {
@@ -160,17 +160,25 @@ impl Shard {
         self.counters.delivered_bytes.add(runs.iter().map(|run| run.len() as u64).sum());
     }
 
-    /// Returns when the partition's end is past `offset`, after `wait`, or when the partition is gone.
-    async fn wait_for_messages(&self, index: u32, slot: PartitionSlot, offset: u64, wait: Duration) {
-        let mut timer = Timer::new(wait);
+    /// Returns when the partition's end is past the fetch's offset, after its wait, or when partition or client is gone.
+    async fn wait_for_messages(&self, index: u32, slot: PartitionSlot, fetch: &Fetch, responder: &Responder) {
+        let mut timer = Timer::new(fetch.wait.min(FETCH_WAIT_MAX));
+        let mut ended = match responder {
+            Responder::Local(connection) => Some(connection.ended()),
+            // Few of those are under way, and their core takes the answers.
+            Responder::Remote { .. } => None,
+        };
         let Some(readers) = self.readers(index) else { return };
         let mut changed = readers.wait();
         std::future::poll_fn(|cx| {
             let gone = self.hosted.borrow()[index as usize].is_none();
-            if gone || offset < self.store.span(slot).end_offset || self.draining.get() {
+            if gone || self.is_over(responder) || fetch.offset < self.store.span(slot).end_offset || self.draining.get() {
                 return Poll::Ready(());
             }
             changed.enter(cx);
+            if let Some(ended) = &mut ended {
+                ended.enter(cx);
+            }
             std::pin::Pin::new(&mut timer).poll(cx).map(drop)
         })
         .await

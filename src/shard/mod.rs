@@ -28,7 +28,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use drava_protocol::message::{Kind, Message};
+use drava_protocol::message::Message;
 use drava_protocol::{ErrorCode, NodeId, PartitionId, ShardId, frame};
 use drava_raft::Image;
 use drava_runtime::chunk::ChunkPool;
@@ -46,7 +46,7 @@ use crate::control::request::ControlRequest;
 use connection::Connection;
 use consumer::CursorSaver;
 use counters::Counters;
-use mesh::Mesh;
+use mesh::{Load, Mesh};
 use publish::{Token, WaitingDuplicate};
 
 /// What clients may use of a shard. Sizes in bytes.
@@ -129,18 +129,18 @@ struct Hosted {
 #[derive(Clone, Debug)]
 enum Responder {
     Local(Rc<Connection>),
-    /// A connection of another shard, which forwarded the request of that kind.
-    Remote { shard: ShardId, connection: u64, kind: Kind },
+    /// A connection of another shard, which forwarded a request of that load.
+    Remote { shard: ShardId, connection: u64, load: Load },
 }
 
 impl Shard {
     fn answer<M: Message>(&self, responder: &Responder, correlation: u64, message: &M) {
         match responder {
             Responder::Local(connection) => connection.answer(correlation, message),
-            Responder::Remote { shard, connection, kind } => {
+            Responder::Remote { shard, connection, load } => {
                 let mut frame = Vec::new();
                 frame::encode(message, 0, correlation, 0, &mut frame);
-                self.answer_remote(*shard, *connection, *kind, frame);
+                self.answer_remote(*shard, *connection, *load, frame);
             }
         }
     }
@@ -148,14 +148,14 @@ impl Shard {
     fn answer_with<M: Message>(&self, responder: &Responder, correlation: u64, message: &M, runs: &mut Vec<Run>) {
         match responder {
             Responder::Local(connection) => connection.answer_with(correlation, message, runs),
-            Responder::Remote { shard, connection, kind } => {
+            Responder::Remote { shard, connection, load } => {
                 let payload_bytes: usize = runs.iter().map(|run| run.len()).sum();
                 let mut frame = Vec::new();
                 frame::encode(message, 0, correlation, payload_bytes as u32, &mut frame);
                 for run in runs.drain(..) {
                     frame.extend_from_slice(&run);
                 }
-                self.answer_remote(*shard, *connection, *kind, frame);
+                self.answer_remote(*shard, *connection, *load, frame);
             }
         }
     }
@@ -170,9 +170,9 @@ impl Shard {
         }
     }
 
-    fn answer_remote(&self, shard: ShardId, connection: u64, kind: Kind, mut frame: Vec<u8>) {
+    fn answer_remote(&self, shard: ShardId, connection: u64, load: Load, mut frame: Vec<u8>) {
         frame::set_owner_port(&mut frame, self.ports[usize::from(self.id.0)]);
-        self.mesh.answer(shard, connection, kind, frame);
+        self.mesh.answer(shard, connection, load, frame);
     }
 
     /// Whether more may be staged. A shard that is read-only stages nothing, and answers at once.

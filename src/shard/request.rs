@@ -16,7 +16,7 @@ use drava_runtime::chunk::Slice;
 use drava_runtime::foreign;
 
 use super::connection::Connection;
-use super::mesh::MeshMessage;
+use super::mesh::{Load, MeshMessage};
 use super::{Responder, Shard, consumer};
 use crate::control::request::{ControlRequest, Refused};
 
@@ -258,14 +258,15 @@ impl Shard {
             Whereabouts::Shard(shard) => shard,
             other => return self.refuse(&responder, correlation, &other),
         };
-        let request = MeshMessage::Request {
+        let kind = frame.header.kind;
+        let request = || MeshMessage::Request {
             connection: connection.id,
             correlation,
-            kind: frame.header.kind,
+            kind,
             body: frame.body.to_vec(),
             payload: payload.to_vec(),
         };
-        if self.mesh.forward(shard, request) {
+        if self.mesh.forward(shard, Load::of(kind, payload), request) {
             self.counters.requests_forwarded.add(1);
         } else {
             let text = "too many requests are under way to the core that owns the partition; ask Lookup for its port";
@@ -277,7 +278,7 @@ impl Shard {
     pub(super) fn mesh_message(self: &Rc<Self>, from: ShardId, message: MeshMessage) {
         match message {
             MeshMessage::Request { connection, correlation, kind, body, payload } => {
-                let responder = Responder::Remote { shard: from, connection, kind };
+                let responder = Responder::Remote { shard: from, connection, load: Load::of(kind, &payload) };
                 // Forwarded once: a partition that is not here any more is not chased further.
                 let index = match self.partition_of(kind, &body) {
                     Ok(partition) => match self.whereabouts(partition) {
@@ -295,8 +296,8 @@ impl Shard {
                     self.answer_error(&responder, correlation, ErrorCode::MalformedBody, 0, &error.to_string());
                 }
             }
-            MeshMessage::Answer { connection, kind, frame } => {
-                self.mesh.answered(from, kind);
+            MeshMessage::Answer { connection, load, frame } => {
+                self.mesh.answered(from, load);
                 // A client that has gone in the meantime needs no answer.
                 if let Some(connection) = self.connections.borrow().get(&connection) {
                     connection.answer_encoded(&frame);
