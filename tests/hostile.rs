@@ -6,6 +6,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use common::{Node, NodeOptions, PATIENCE, Random, Received, Wire, batch_of, wait_until};
@@ -101,7 +102,8 @@ fn bytes_that_are_no_frame_are_refused_with_the_reason() {
         change(&mut bytes);
         bytes
     };
-    let announced = |at: usize, bytes: u32| header(&move |frame| frame[at..at + 4].copy_from_slice(&bytes.to_le_bytes()));
+    let announced =
+        |at: usize, bytes: u32| header(&move |frame| frame[at..at + 4].copy_from_slice(&bytes.to_le_bytes()));
     let cases: Vec<(&str, Vec<u8>, ErrorCode)> = vec![
         ("HTTP", b"GET / HTTP/1.1\r\nHost: node\r\n\r\n".to_vec(), ErrorCode::MalformedFrame),
         ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03".to_vec(), ErrorCode::MalformedFrame),
@@ -205,13 +207,8 @@ fn requests(partition: u64) -> Vec<(Kind, Vec<u8>)> {
         (M::KIND, archived(&message))
     }
     let text = "text that is longer than a field".to_owned();
-    let subscribe = Subscribe {
-        partition,
-        consumer: 1,
-        subscription: text.clone(),
-        start: Place::Earliest,
-        take_over: false,
-    };
+    let subscribe =
+        Subscribe { partition, consumer: 1, subscription: text.clone(), start: Place::Earliest, take_over: false };
     vec![
         of(CreateTopic { name: text.clone(), policy: policy(1), exists_ok: true }),
         of(DeleteTopic { name: text.clone() }),
@@ -478,7 +475,8 @@ fn a_subscription_that_starts_beyond_the_end_loses_nothing_that_comes_later() {
 fn a_client_that_says_nothing_is_disconnected_and_a_session_may_be_silent() {
     let dir = tempfile::tempdir().unwrap();
     let options = NodeOptions::new(dir.path());
-    let node = Node::start(&options.with("DRAVA_NETWORK_HELLO_TIMEOUT_MS", 300).with("DRAVA_NETWORK_FRAME_TIMEOUT_MS", 300));
+    let node =
+        Node::start(&options.with("DRAVA_NETWORK_HELLO_TIMEOUT_MS", 300).with("DRAVA_NETWORK_FRAME_TIMEOUT_MS", 300));
     let mut session = node.connect();
     let mut silent: Vec<Wire> = (0..20).map(|_| Wire::raw(node.listen).unwrap()).collect();
     for wire in &mut silent {
@@ -814,6 +812,80 @@ fn clients_that_never_read_are_cut_and_the_memory_they_cost_is_bounded() {
     assert!(grown < 400 << 20, "clients that never read took {} MiB", grown >> 20);
     drop(unread);
     node.assert_serves();
+}
+
+#[test]
+fn waits_of_clients_that_went_away_end_with_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(&NodeOptions::new(dir.path()));
+    let topic = node.connect().topic("awaited", policy(1));
+    let partition = topic.partitions[0].partition;
+    node.assert_serves();
+    let before = node.resident_bytes();
+    let fetch = framed(&Fetch { partition, offset: 0, bytes_max: 1 << 20, wait_ms: 60_000 }, &[]).repeat(1000);
+    let ping = framed(&Ping {}, &[]);
+    for _ in 0..200 {
+        let mut wire = node.connect_owner(&topic, 0);
+        wire.stream.write_all(&fetch).unwrap();
+        wire.stream.write_all(&ping).unwrap();
+        // Answered after the fetches were taken.
+        assert_eq!(wire.receive().unwrap().kind, Kind::Pong);
+    }
+    node.assert_serves();
+    let grown = node.resident_bytes().saturating_sub(before);
+    println!("200,000 waits of clients that are gone: {} MiB", grown >> 20);
+    assert!(grown < 64 << 20, "200,000 waits of clients that are gone hold {} MiB", grown >> 20);
+}
+
+#[test]
+fn large_batches_for_the_other_core_do_not_pile_up_between_the_cores() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = NodeOptions::new(dir.path()).with("DRAVA_NETWORK_RECEIVE_BYTES_MAX", 16 << 20);
+    let node = Node::start(&options.with("DRAVA_STORAGE_CACHE_BYTES", 8 << 20));
+    let topic = node.connect().topic("large", policy(2));
+    let batch = batch_of(&Seal::default(), &[vec![b'x'; 2_000_000]]);
+    node.assert_serves();
+    let before = node.resident_bytes();
+    let resident_max = AtomicU64::new(0);
+    let taken: u64 = std::thread::scope(|scope| {
+        let publishers: Vec<_> = (0..8)
+            .map(|number| {
+                let (node, topic, batch, resident_max) = (&node, &topic, &batch, &resident_max);
+                scope.spawn(move || {
+                    let index = number % 2;
+                    let partition = topic.partitions[index].partition;
+                    let mut wire = node.connect_owner(topic, 1 - index);
+                    let mut sender = wire.sender();
+                    let sending = scope.spawn(move || {
+                        for _ in 0..30 {
+                            sender.send(&Publish { partition }, batch).unwrap();
+                        }
+                    });
+                    let mut taken = 0;
+                    for _ in 0..30 {
+                        let answer = wire.receive().unwrap();
+                        match answer.kind {
+                            Kind::Published => taken += 1,
+                            _ => assert_eq!(answer.code(), ErrorCode::Busy),
+                        }
+                        resident_max.fetch_max(node.resident_bytes(), Ordering::Relaxed);
+                    }
+                    sending.join().unwrap();
+                    taken
+                })
+            })
+            .collect();
+        publishers.into_iter().map(|publisher| publisher.join().unwrap()).sum()
+    });
+    let grown = resident_max.into_inner().saturating_sub(before);
+    println!("480 MB of batches for the other core, {taken} of 240 taken: {} MiB more at most", grown >> 20);
+    // The cache of both shards, what they receive and stage, and what is under way between them.
+    assert!(grown < 250 << 20, "batches for the other core took {} MiB", grown >> 20);
+    let stored = topic.partitions.iter().enumerate().map(|(index, place)| {
+        let state = node.connect_owner(&topic, index).call(&DescribePartition { partition: place.partition }).unwrap();
+        expect!(state, PartitionState).end_offset
+    });
+    assert_eq!(stored.sum::<u64>(), taken, "what was answered Busy was not taken");
 }
 
 #[test]
