@@ -30,8 +30,8 @@ use crate::control::request::ControlRequest;
 
 /// The size of a receive chunk. Large enough that few frames straddle two, small enough to stay in the cache.
 const CHUNK_BYTES: usize = 512 * 1024;
-/// Free chunks that an idle shard keeps.
-const CHUNKS_FREE_MAX: usize = 8;
+/// Free chunks that a busy shard keeps: with fewer, memory is mapped and faulted in again for what is received.
+const CHUNKS_FREE_MAX: usize = 64;
 /// Fetches that read from disk at the same time, each up to 1 MiB.
 const FETCHES_MAX: u64 = 32;
 /// How often a drain looks whether all is answered.

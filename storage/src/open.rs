@@ -28,7 +28,7 @@ use crate::store::{
 };
 
 /// Free buffers kept, beyond those that the cache holds: a few of the largest.
-const POOL_FREE_BYTES_MAX: usize = 8 << 20;
+const POOL_FREE_BYTES_MAX: usize = 32 << 20;
 
 /// What replay makes of the blocks.
 struct Replay {

@@ -84,7 +84,9 @@ pub(crate) async fn survey<I: Io>(
                     };
                     let role = if generation == 0 { Role::Spare } else { Role::Sealed };
                     // Closed again: there may be more segments than a process may have open.
-                    let segment = Segment { generation, bytes, file: None, live_bytes: 0, last_sequence: 0, role };
+                    let filled = 0 < generation;
+                    let segment =
+                        Segment { generation, bytes, file: None, live_bytes: 0, last_sequence: 0, role, filled };
                     Ok(Some((id, segment)))
                 }
             })
