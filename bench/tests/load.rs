@@ -42,7 +42,7 @@ fn what_was_published_is_consumed_and_verified() {
     let addr = support::start(Fault::None);
     let options = LoadOptions { topics: 3, partitions: 2, keys: Keys::Zipf, ..options(addr) };
     go(Kind::Produce, &options);
-    let outcome = go(Kind::Consume, &LoadOptions { messages: Some(u64::MAX), ..options });
+    let outcome = go(Kind::Consume, &options);
     assert_eq!(outcome.delivered.as_ref().unwrap().messages, 2_000);
     let found = outcome.verification.unwrap();
     assert_eq!((found.messages, found.faults(), found.foreign), (2_000, 0, 0));

@@ -135,13 +135,19 @@ impl<K: Ord + Clone, V: Clone> SharedMap<K, V> {
     where
         V: PartialEq,
     {
-        let pointers = |map: &SharedMap<K, V>| map.chunks.iter().map(Arc::as_ptr).collect::<BTreeSet<_>>();
-        let (here, there) = (pointers(self), pointers(older));
-        let own = |map: &'_ SharedMap<K, V>, shared: &BTreeSet<_>| -> Vec<Arc<BTreeMap<K, V>>> {
-            map.chunks.iter().filter(|chunk| !shared.contains(&Arc::as_ptr(chunk))).cloned().collect()
-        };
+        // One change leaves all chunks before it and behind it where they were.
+        let same = |(a, b): &(&Arc<_>, &Arc<_>)| Arc::ptr_eq(a, b);
+        let before = self.chunks.iter().zip(&older.chunks).take_while(same).count();
+        let (here, there) = (&self.chunks[before..], &older.chunks[before..]);
+        let behind = here.iter().rev().zip(there.iter().rev()).take_while(same).count();
+        let (here, there) = (&here[..here.len() - behind], &there[..there.len() - behind]);
+
+        let pointers = |chunks: &[Arc<BTreeMap<K, V>>]| chunks.iter().map(Arc::as_ptr).collect::<BTreeSet<_>>();
+        let (in_here, in_there) = (pointers(here), pointers(there));
+        let own_here = here.iter().filter(|chunk| !in_there.contains(&Arc::as_ptr(chunk)));
+        let own_there = there.iter().filter(|chunk| !in_here.contains(&Arc::as_ptr(chunk)));
         let mut changed = BTreeSet::new();
-        for chunk in own(self, &there).iter().chain(&own(older, &here)) {
+        for chunk in own_here.chain(own_there) {
             changed.extend(chunk.keys().filter(|key| self.get(key) != older.get(key)).cloned());
         }
         changed.into_iter().collect()

@@ -70,6 +70,11 @@ impl ChunkPool {
         Some(Chunk { memory: Rc::new(Memory { start, capacity, pool: Rc::downgrade(&self.0) }), filled: 0 })
     }
 
+    /// Gives free chunks back to the system, all but `keep`.
+    pub fn trim(&self, keep: usize) {
+        self.0.free.borrow_mut().truncate(keep);
+    }
+
     /// A wait for memory to come back.
     pub fn wait_returned(&self) -> Wait<'_> {
         self.0.returned.wait()

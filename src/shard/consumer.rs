@@ -46,6 +46,12 @@ impl Consumer {
         self.wake.notify();
     }
 
+    /// Deliveries go on at `offset`.
+    pub fn go_to(&self, offset: u64) {
+        self.seek.set(Some(offset));
+        self.wake.notify();
+    }
+
     pub fn close(&self) {
         self.closed.set(true);
         self.wake.notify();
@@ -261,23 +267,24 @@ impl Shard {
             self.cursors_dirty();
             return;
         }
-        self.save_cursor(consumer.partition, hosted, &consumer.subscription, responder, correlation);
+        let token = Token::done(consumer.partition, responder.clone(), correlation);
+        self.save_cursor(hosted, &consumer.subscription, token, &responder, correlation);
     }
 
+    /// Saves a cursor that was just moved; `token` answers `correlation` when it is durable.
     fn save_cursor(
         &self,
-        partition: u32,
         hosted: &mut super::Hosted,
         subscription: &str,
-        responder: Responder,
+        token: Token,
+        responder: &Responder,
         correlation: u64,
     ) {
         let cursor = hosted.partition.subscriptions.collect_one(subscription).expect("the subscription was just moved");
-        let token = Token::done(partition, responder.clone(), correlation);
         let row = cursor.to_le_bytes();
         if let Err(error) = self.store.append_state(hosted.slot, &cursor_key(subscription), Some(&row), Some(token)) {
             let (code, pause) = append_code(&error);
-            self.answer_error(&responder, correlation, code, pause, &error.to_string());
+            self.answer_error(responder, correlation, code, pause, &error.to_string());
         }
     }
 
@@ -306,9 +313,9 @@ impl Shard {
             match moved {
                 Ok(hosted) => {
                     shard.store.set_floor(hosted.slot, hosted.partition.subscriptions.floor());
-                    consumer.seek.set(Some(offset));
-                    consumer.wake();
-                    shard.save_cursor(consumer.partition, hosted, &consumer.subscription, responder, correlation);
+                    let located = Located { offset, start_offset: span.start_offset, end_offset: span.end_offset };
+                    let token = Token::sought(responder.clone(), correlation, located, consumer.clone());
+                    shard.save_cursor(hosted, &consumer.subscription, token, &responder, correlation);
                 }
                 Err(error) => {
                     shard.answer_error(&responder, correlation, ErrorCode::UnknownSubscription, 0, &error.to_string());

@@ -13,6 +13,8 @@ use super::connection::{self, Connection, Overdue};
 
 /// How often time limits are looked at: they are seconds, and the answer is a glance at each connection.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// Free receive chunks that an idle shard keeps.
+const CHUNKS_IDLE: usize = 4;
 /// After a failed accept (out of file descriptors), so that it is not tried in a tight loop.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -38,6 +40,10 @@ pub async fn accept(shard: Rc<Shard>, listener: TcpListener, stop: Stop) {
 pub async fn sweep(shard: Rc<Shard>) {
     loop {
         drava_runtime::time::sleep(SWEEP_INTERVAL).await;
+        if shard.chunks.bytes_lent() == 0 {
+            // Nobody has sent anything just now: an idle node holds little.
+            shard.chunks.trim(CHUNKS_IDLE);
+        }
         let now = Instant::now();
         let connections: Vec<_> = shard.connections.borrow().values().cloned().collect();
         for connection in connections {

@@ -7,11 +7,12 @@
 
 use std::rc::{Rc, Weak};
 
-use drava_protocol::message::{Done, Durability, ProducerOpened, Published};
+use drava_protocol::message::{Done, Durability, Located, ProducerOpened, Published};
 use drava_protocol::{ErrorCode, batch};
 use drava_runtime::chunk::Slice;
 use drava_storage::{AppendError, FlushError, FlushSink, NewEntry, StateBatch};
 
+use super::consumer::Consumer;
 use super::{Responder, Shard};
 use crate::broker::partition::{end_sequence, producer_key};
 use crate::broker::producers::{Admission, AdmitError, ProducerSlot};
@@ -31,6 +32,7 @@ enum OnDurable {
     Published { responder: Option<Responder>, correlation: u64, base_offset: u64, producer: Option<(ProducerSlot, u64)> },
     ProducerOpened { responder: Responder, correlation: u64, opened: ProducerOpened },
     Done { responder: Responder, correlation: u64 },
+    Sought { responder: Responder, correlation: u64, located: Located, consumer: Rc<Consumer> },
 }
 
 /// A repeated batch whose first copy is still in flight: answered when that is durable.
@@ -47,6 +49,13 @@ impl Token {
     /// Answers `Done` when the record is durable.
     pub fn done(partition: u32, responder: Responder, correlation: u64) -> Token {
         Token { partition, on_durable: OnDurable::Done { responder, correlation } }
+    }
+
+    /// When the cursor is durable, answers where it is and sends the consumer there: what is delivered after the answer
+    /// is of the new place.
+    pub fn sought(responder: Responder, correlation: u64, located: Located, consumer: Rc<Consumer>) -> Token {
+        let partition = consumer.partition;
+        Token { partition, on_durable: OnDurable::Sought { responder, correlation, located, consumer } }
     }
 }
 
@@ -197,6 +206,10 @@ impl FlushSink<Token> for Sink {
                     shard.answer(&responder, correlation, &opened);
                 }
                 OnDurable::Done { responder, correlation } => shard.answer(&responder, correlation, &Done {}),
+                OnDurable::Sought { responder, correlation, located, consumer } => {
+                    shard.answer(&responder, correlation, &located);
+                    consumer.go_to(located.offset);
+                }
             }
         }
         for partition in touched.drain(..) {
@@ -233,7 +246,8 @@ impl FlushSink<Token> for Sink {
                     }
                 }
                 OnDurable::ProducerOpened { responder, correlation, .. }
-                | OnDurable::Done { responder, correlation } => fail(&responder, correlation),
+                | OnDurable::Done { responder, correlation }
+                | OnDurable::Sought { responder, correlation, .. } => fail(&responder, correlation),
             }
         }
         for hosted in shard.hosted.borrow_mut().iter_mut().flatten() {

@@ -30,8 +30,8 @@ use crate::control::request::ControlRequest;
 
 /// The size of a receive chunk. Large enough that few frames straddle two, small enough to stay in the cache.
 const CHUNK_BYTES: usize = 512 * 1024;
-/// Free chunks that an idle shard keeps.
-const CHUNKS_FREE_MAX: usize = 8;
+/// Free chunks that a busy shard keeps: with fewer, memory is mapped and faulted in again for what is received.
+const CHUNKS_FREE_MAX: usize = 64;
 /// Fetches that read from disk at the same time, each up to 1 MiB.
 const FETCHES_MAX: u64 = 32;
 /// How often a drain looks whether all is answered.
@@ -219,15 +219,16 @@ impl Shard {
         let is_mine = |id: &PartitionId| {
             image.partitions.get(id).is_some_and(|p| p.owner.node == self.node && p.owner.shard == self.id)
         };
-        for partition in image.partitions.values().filter(|partition| is_mine(&partition.id)) {
-            let Some(topic) = image.topics.get(&partition.topic) else { continue };
-            self.host(partition.id, &topic.name, &topic.policy);
-        }
+        let older = self.image.borrow().clone();
         let mut gone = Vec::new();
-        for slot in self.hosted.borrow_mut().iter_mut() {
-            if let Some(hosted) = slot.take_if(|hosted| !is_mine(&hosted.partition.id)) {
-                self.by_id.borrow_mut().remove(&hosted.partition.id.0);
-                gone.push(hosted);
+        // Only these: a node with ten thousand topics creates the next one without a look at the others.
+        for id in image.partitions_changed_since(&older) {
+            if is_mine(&id) {
+                let partition = &image.partitions[&id];
+                let Some(topic) = image.topics.get(&partition.topic) else { continue };
+                self.host(id, &topic.name, &topic.policy);
+            } else if let Some(index) = self.by_id.borrow_mut().remove(&id.0) {
+                gone.extend(self.hosted.borrow_mut()[index as usize].take());
             }
         }
         // Recovered and in no image: deleted before the store was told.

@@ -1,4 +1,4 @@
-//! The hot path alone: stage, flush, tell. `append_bench DIR ENTRY_BYTES ENTRIES [PARTITIONS] [WINDOW_BYTES]`
+//! The hot path alone: stage, flush, tell. `append_bench DIR ENTRY_BYTES ENTRIES [PARTITIONS] [WINDOW_BYTES] [VERIFY_READS]`
 //!
 //! One executor, no network, no checksum of batches (the broker compares those before it appends).
 
@@ -46,6 +46,7 @@ fn main() {
     let dir = PathBuf::from(arguments.get(1).expect("a directory"));
     let (entry_bytes, entries) = (number(2, 65536), number(3, 65536));
     let (partitions, window_bytes) = (number(4, 1), number(5, 4 << 20));
+    let verify = number(6, 1);
     std::fs::create_dir_all(&dir).expect("the directory");
     let mut builder = Builder::new(8 << 20);
     let payload = vec![7; entry_bytes as usize];
@@ -55,7 +56,8 @@ fn main() {
     let header = batch::check(&bytes).expect("a good batch");
     let index = IndexDb::open(&dir.join("index"), 1).expect("the index");
     let bench = async move {
-        let config = StoreConfig { dir: dir.join("shard-000"), ..StoreConfig::default() };
+        let verify_reads = verify != 0;
+        let config = StoreConfig { dir: dir.join("shard-000"), verify_reads, ..StoreConfig::default() };
         let (store, recovered) = Store::open(GlommioIo::new(), config, index.shard(ShardId(0))).await.expect("a store");
         println!("opened in {:?}, {} blocks replayed", recovered.took, recovered.replayed_blocks);
         let progress = Rc::new(Broadcast::default());

@@ -52,6 +52,8 @@ pub(crate) struct Segment<F> {
     /// The highest block in it, once it is sealed.
     pub(crate) last_sequence: u64,
     pub(crate) role: Role,
+    /// Every byte of it was written once, so that writes to it change no metadata of the file system.
+    pub(crate) filled: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,6 +115,8 @@ struct State<I: Io, P> {
     active: Option<(SegmentId, u64)>,
     prepared: Option<SegmentId>,
     segment_wanted: bool,
+    /// The active segment was made in haste and a better one is prepared.
+    leave_active: bool,
     next_sequence: u64,
     durable_sequence: u64,
     previous_crc: u32,
@@ -156,6 +160,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 active,
                 prepared: None,
                 segment_wanted: false,
+                leave_active: false,
                 next_sequence,
                 durable_sequence: next_sequence - 1,
                 previous_crc: end.map_or(0, |end| end.previous_crc),
@@ -185,7 +190,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
         }
         if let Some((id, position)) = state.active {
             let segment = state.segments[id.0 as usize].as_mut().expect("the active segment exists");
-            if position + block_bytes <= segment.bytes {
+            if position + block_bytes <= segment.bytes && !(state.leave_active && state.prepared.is_some()) {
                 return Some(state.placement(self.config.shard, id, position));
             }
         }
@@ -205,6 +210,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
         state.segments[next.0 as usize].as_mut().expect("a prepared segment exists").role = Role::Active;
         state.active = Some((next, segment::HEADER_BYTES));
         state.segment_wanted = false;
+        state.leave_active = false;
         self.wanted.notify();
         Some(state.placement(self.config.shard, next, segment::HEADER_BYTES))
     }
@@ -420,7 +426,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 }
             } else if self.needs_spare() {
                 if !self.is_quiet() {
-                    self.io.sleep(QUIET).await;
+                    self.wanted_or(QUIET).await;
                 } else if let Err(error) = self.fill_spare().await {
                     tracing::warn!(shard = self.config.shard.0, error = %error, "no spare segment could be made");
                     self.io.sleep(RETRY).await;
@@ -431,10 +437,33 @@ impl<I: Io, P: 'static> Journal<I, P> {
         }
     }
 
+    /// Waits for `time`, or until somebody wants a segment: under load one lasts for milliseconds.
+    async fn wanted_or(&self, time: Duration) {
+        futures_lite::future::or(self.wanted.notified(), self.io.sleep(time)).await;
+    }
+
     fn needs_segment(&self) -> bool {
-        let state = self.state.borrow();
-        if state.prepared.is_some() {
-            return false;
+        let mut state = self.state.borrow_mut();
+        let state = &mut *state;
+        // A new journal starts in a segment that was merely allocated. Once there is a written one it moves over,
+        // unless it has come too far to leave the rest of the segment empty.
+        let filled = state.segments.iter().flatten().any(|segment| segment.role == Role::Spare && segment.filled);
+        if let Some(id) = state.prepared {
+            let segment = state.segments[id.0 as usize].as_mut().expect("a prepared segment exists");
+            if segment.filled || !filled {
+                return false;
+            }
+            segment.role = Role::Spare;
+            state.prepared = None;
+            return true;
+        }
+        let early = state.active.is_some_and(|(id, position)| {
+            let segment = state.segments[id.0 as usize].as_ref().expect("the active segment exists");
+            !segment.filled && position < segment.bytes / 64
+        });
+        if filled && early {
+            state.leave_active = true;
+            return true;
         }
         // While the active segment is nearly empty there is time to fill a spare first.
         state.segment_wanted
@@ -486,9 +515,10 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 segment.as_ref().is_some_and(|s| state.is_dead(s) && s.bytes == self.config.segment_bytes)
             });
             let spare = || {
-                state.segments.iter().position(|segment| {
-                    segment.as_ref().is_some_and(|s| s.role == Role::Spare && s.bytes == self.config.segment_bytes)
-                })
+                let spare = |s: &Segment<I::File>| s.role == Role::Spare && s.bytes == self.config.segment_bytes;
+                let spares = state.segments.iter().enumerate().filter(|(_, s)| s.as_ref().is_some_and(spare));
+                let best = spares.max_by_key(|(_, s)| s.as_ref().is_some_and(|s| s.filled));
+                best.map(|(index, _)| index)
             };
             state.recycled += u64::from(dead.is_some());
             dead.or_else(spare).map(|index| SegmentId(index as u32))
@@ -561,6 +591,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
             live_bytes: 0,
             last_sequence: 0,
             role: Role::Spare,
+            filled: false,
         });
         Ok(Some(id))
     }
@@ -581,11 +612,14 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 return Ok(());
             }
             if !self.is_quiet() {
-                self.io.sleep(QUIET / 4).await;
+                self.wanted_or(QUIET / 4).await;
                 continue;
             }
             file.write_at(buffer.clone(), position).await?;
             position += FILL_BYTES as u64;
+        }
+        if let Some(segment) = self.state.borrow_mut().segments[id.0 as usize].as_mut() {
+            segment.filled = true;
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ use drava_protocol::PartitionId;
 use drava_runtime::local::{Broadcast, Notify};
 
 use crate::backlog::Backlog;
-use crate::block::ExtentKind;
+use crate::block::{ExtentHeader, ExtentKind};
 use crate::cache::BlockCache;
 use crate::flush::Indexing;
 use crate::index::{Covered, ExtentRow, Index, IndexBatch, IndexThread};
@@ -18,7 +18,7 @@ use crate::journal::{Journal, JournalConfig, JournalEnd};
 use crate::ledger::{Ledgers, RollPolicy, Writer};
 use crate::managed_ledger::ManagedLedger;
 use crate::pool::BufferPool;
-use crate::recovery::{self, Visited, open_error};
+use crate::recovery::{self, Visited, Visitor, open_error};
 use crate::segment::{self, SegmentId};
 use crate::stage::Staging;
 use crate::state::RowChange;
@@ -28,7 +28,7 @@ use crate::store::{
 };
 
 /// Free buffers kept, beyond those that the cache holds: a few of the largest.
-const POOL_FREE_BYTES_MAX: usize = 8 << 20;
+const POOL_FREE_BYTES_MAX: usize = 32 << 20;
 
 /// What replay makes of the blocks.
 struct Replay {
@@ -80,15 +80,13 @@ pub(crate) async fn open<I: Io, T: 'static>(
     };
     for (id, found) in loaded.partitions {
         let partition = ManagedLedger::new(id, found.row, Ledgers::from_rows(found.ledgers), roll);
-        replay.partitions.by_id.insert(id, replay.partitions.list.len() as u32);
+        let slot = replay.partitions.list.len() as u32;
+        replay.partitions.by_id.insert(id, slot);
         replay.partitions.list.push(partition);
         replay.state.insert(id, found.state.into_iter().collect());
     }
     let sealed = covered.is_some_and(|covered| covered.sealed);
-    let start = covered.map(|covered| covered.end);
-    let replayed =
-        recovery::replay(&io, &config.dir, config.shard, &mut segments, start, sealed, |block| replay.block(block))
-            .await?;
+    let replayed = recovery::replay(&io, &config.dir, config.shard, &mut segments, covered, &mut replay).await?;
     for &(id, bytes) in &replay.live {
         if let Some(segment) = segments[id.0 as usize].as_mut() {
             segment.live_bytes += bytes;
@@ -222,7 +220,7 @@ fn validate(config: &StoreConfig) -> Result<(), OpenError> {
     check(0 < config.flushes_in_flight_max, "flushes_in_flight_max is at least 1")
 }
 
-impl Replay {
+impl Visitor for Replay {
     fn block(&mut self, block: &Visited<'_>) {
         for extent in block.extents.iter().filter(|extent| extent.header.kind == ExtentKind::Data) {
             let header = &extent.header;
@@ -273,6 +271,18 @@ impl Replay {
         self.index.generations.dedup();
     }
 
+    /// Messages that were acknowledged and cannot be read: their offsets are not given out again.
+    fn lost(&mut self, header: &ExtentHeader) {
+        let Some(&slot) = self.partitions.by_id.get(&header.ledger.partition) else { return };
+        let partition = &mut self.partitions.list[slot as usize];
+        if partition.end_offset <= header.base_offset {
+            tracing::error!(ledger = %header.ledger, from = header.base_offset, to = header.next_offset(), "messages are lost to damage");
+            partition.end_offset = header.next_offset();
+        }
+    }
+}
+
+impl Replay {
     fn change(&mut self, id: PartitionId, change: RowChange) {
         let partition = self.partitions.get_or_insert(id, self.roll);
         match change {

@@ -17,7 +17,7 @@ use crate::index::Trim;
 use crate::io::{ALIGNMENT, Io};
 use crate::journal::{Journal, JournalConfig, JournalEnd};
 use crate::pool::{self, BufferPool};
-use crate::recovery::{self, Visited, open_error};
+use crate::recovery::{self, Visited, Visitor, open_error};
 use crate::segment::{self, SegmentId};
 use crate::state::RowChange;
 use crate::store::{FlushError, OpenError};
@@ -104,37 +104,9 @@ impl<I: Io> RecordLog<I> {
         config: RecordLogConfig,
     ) -> Result<(RecordLog<I>, Vec<(RecordPosition, Vec<u8>)>), OpenError> {
         let mut segments = recovery::survey(&io, dir, SHARD, &|_| None).await?;
-        let mut records = Vec::new();
-        let mut blocks = VecDeque::new();
-        let mut live: Vec<SegmentId> = Vec::new();
-        let mut start = 1;
-        let mut next_record = 1;
-        let mut gap = None;
-        let replayed = recovery::replay(&io, dir, SHARD, &mut segments, None, false, |block: &Visited<'_>| {
-            live.push(block.segment);
-            for extent in block.extents {
-                let body = extent.body(block.bytes);
-                match extent.header.kind {
-                    ExtentKind::Records => {
-                        let first = extent.header.first_entry;
-                        if first != next_record && !blocks.is_empty() {
-                            gap = Some((next_record, first));
-                        }
-                        let decoded = decode_records(body).into_iter().enumerate();
-                        records.extend(decoded.map(|(index, record)| (RecordPosition(first + index as u64), record)));
-                        next_record = first + extent.header.entry_count as u64;
-                    }
-                    ExtentKind::State => RowChange::decode_all(LEDGER.partition, body, |change| {
-                        if let RowChange::Trim(trim) = change {
-                            start = start.max(trim.start_offset);
-                        }
-                    }),
-                    ExtentKind::Data => {}
-                }
-            }
-            blocks.push_back((block.header.id.sequence, next_record - 1));
-        })
-        .await?;
+        let mut found = Found { next_record: 1, start: 1, ..Found::default() };
+        let replayed = recovery::replay(&io, dir, SHARD, &mut segments, None, &mut found).await?;
+        let Found { mut records, blocks, live, start, mut next_record, gap } = found;
         if let Some(damaged) = replayed.damaged.first() {
             let path = segment::path(dir, SegmentId(damaged.segment));
             let reason = format!("damaged from {} to {}", damaged.start_position, damaged.end_position);
@@ -241,6 +213,49 @@ impl<I: Io> RecordLog<I> {
         inner.journal.fail(FlushError::Stopped);
         inner.journal.stop();
         inner.journal.quiesced().await;
+    }
+}
+
+/// What the blocks of a log hold.
+#[derive(Default)]
+struct Found {
+    records: Vec<(RecordPosition, Vec<u8>)>,
+    blocks: VecDeque<(u64, u64)>,
+    /// The segment of each block.
+    live: Vec<SegmentId>,
+    start: u64,
+    next_record: u64,
+    /// The record that should have come, and the one that did.
+    gap: Option<(u64, u64)>,
+}
+
+impl Visitor for Found {
+    fn block(&mut self, block: &Visited<'_>) {
+        self.live.push(block.segment);
+        for extent in block.extents {
+            let body = extent.body(block.bytes);
+            match extent.header.kind {
+                ExtentKind::Records => {
+                    let first = extent.header.first_entry;
+                    if first != self.next_record && !self.blocks.is_empty() {
+                        self.gap = Some((self.next_record, first));
+                    }
+                    self.records.extend((first..).map(RecordPosition).zip(decode_records(body)));
+                    self.next_record = first + extent.header.entry_count as u64;
+                }
+                ExtentKind::State => RowChange::decode_all(LEDGER.partition, body, |change| {
+                    if let RowChange::Trim(trim) = change {
+                        self.start = self.start.max(trim.start_offset);
+                    }
+                }),
+                ExtentKind::Data => {}
+            }
+        }
+        self.blocks.push_back((block.header.id.sequence, self.next_record - 1));
+    }
+
+    fn lost(&mut self, _extent: &ExtentHeader) {
+        // A damaged log is not opened at all.
     }
 }
 

@@ -15,6 +15,7 @@ use std::rc::Rc;
 use drava_protocol::{ShardId, batch};
 
 use crate::block::{self, BlockHeader, EXTENT_HEADER_BYTES, ExtentHeader, ExtentKind};
+use crate::index::Covered;
 use crate::io::{ALIGNMENT, File, Io};
 use crate::journal::{JournalEnd, Role, Segment};
 use crate::segment::{self, SegmentId};
@@ -25,6 +26,8 @@ const WINDOW_BYTES_MIN: usize = 256 << 10;
 const WINDOW_BYTES_MAX: usize = 8 << 20;
 /// In a segment behind that of a bad block, the first whole block is looked for up to here.
 const LOOK_AHEAD_BYTES: u64 = 4 << 20;
+/// How much of a damaged range is searched for what it held.
+const LOST_BYTES_MAX: u64 = 16 << 20;
 /// Segment headers read at a time.
 const SURVEY_IN_FLIGHT: usize = 32;
 
@@ -81,7 +84,9 @@ pub(crate) async fn survey<I: Io>(
                     };
                     let role = if generation == 0 { Role::Spare } else { Role::Sealed };
                     // Closed again: there may be more segments than a process may have open.
-                    let segment = Segment { generation, bytes, file: None, live_bytes: 0, last_sequence: 0, role };
+                    let filled = 0 < generation;
+                    let segment =
+                        Segment { generation, bytes, file: None, live_bytes: 0, last_sequence: 0, role, filled };
                     Ok(Some((id, segment)))
                 }
             })
@@ -155,17 +160,28 @@ pub(crate) struct Replayed {
     pub(crate) end: Option<JournalEnd>,
 }
 
-/// Reads all blocks from `start` on, or all there are, and gives each to `visit`. `sealed`: the journal was closed in
-/// good order at `start`, so that nothing but a block right there can follow.
+/// Who hears what replay finds.
+pub(crate) trait Visitor {
+    /// A block, in order.
+    fn block(&mut self, block: &Visited<'_>);
+
+    /// An extent of a damaged block, as far as its header can still be read: the messages are gone, but their offsets
+    /// were given out.
+    fn lost(&mut self, extent: &ExtentHeader);
+}
+
+/// Reads all blocks from `covered` on, or all there are. Sealed: the journal was closed in good order there, so that
+/// nothing but a block right behind it can follow.
 pub(crate) async fn replay<I: Io>(
     io: &I,
     dir: &Path,
     shard: ShardId,
     segments: &mut [Option<Segment<I::File>>],
-    start: Option<JournalEnd>,
-    sealed: bool,
-    mut visit: impl FnMut(&Visited<'_>),
+    covered: Option<Covered>,
+    visitor: &mut impl Visitor,
 ) -> Result<Replayed, OpenError> {
+    let start = covered.map(|covered| covered.end);
+    let sealed = covered.is_some_and(|covered| covered.sealed);
     let mut order: Vec<(u64, SegmentId)> = segments
         .iter()
         .enumerate()
@@ -193,7 +209,7 @@ pub(crate) async fn replay<I: Io>(
         let problem = reader.block(position, &mut block).await?.and_then(|()| chain.fits(&block));
         let Err(problem) = problem else {
             let header = block.header.expect("parsed");
-            visit(&Visited {
+            visitor.block(&Visited {
                 segment: order[at].1,
                 position,
                 header,
@@ -253,6 +269,11 @@ pub(crate) async fn replay<I: Io>(
                 end_position,
                 "a part of the journal is damaged; it is skipped"
             );
+            let lost_bytes = (end_position - position).min(LOST_BYTES_MAX) as usize;
+            let sequences = chain.sequence.unwrap_or(later.sequence)..later.sequence;
+            if !sequences.is_empty() {
+                lost_extents(reader.at(position, lost_bytes).await?, &sequences, visitor);
+            }
             replayed.damaged.push(DamagedRange { segment: order[at].1.0, start_position: position, end_position });
         }
         if jump {
@@ -283,6 +304,17 @@ pub(crate) async fn replay<I: Io>(
         }
     }
     Ok(replayed)
+}
+
+/// Finds extent headers of blocks that are not whole. The block's sequence in each vouches for it.
+fn lost_extents(bytes: &[u8], sequences: &std::ops::Range<u64>, visitor: &mut impl Visitor) {
+    for position in (0..bytes.len()).step_by(16) {
+        let Ok(header) = block::extent_header(&bytes[position..]) else { continue };
+        let plausible = header.record_count <= header.entry_count as u64 * batch::RECORDS_MAX as u64;
+        if header.kind == ExtentKind::Data && sequences.contains(&header.block_sequence) && plausible {
+            visitor.lost(&header);
+        }
+    }
 }
 
 fn seal<F>(segments: &mut [Option<Segment<F>>], id: SegmentId, sequence: u64) {

@@ -117,7 +117,7 @@ pub struct NewEntry {
 pub enum AppendError {
     #[error("a write to the journal failed earlier; nothing is appended any more")]
     ReadOnly,
-    #[error("the disk has no room above its reserve")]
+    #[error("there is no room for another journal segment: the disk is full to its reserve, or refuses it")]
     Full,
     #[error("an entry of {entry_bytes} bytes; at most {limit_bytes} fit")]
     TooLarge { entry_bytes: u64, limit_bytes: u64 },

@@ -223,3 +223,87 @@ fn a_damaged_segment_header_does_not_lose_its_entries() {
         f.store.close().await;
     });
 }
+
+#[test]
+fn offsets_lost_to_damage_are_not_given_out_again() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let f = open(dir.path(), small(dir.path())).await;
+        let (hurt, other) = (slot(&f, 1), slot(&f, 2));
+        for seed in 0..6 {
+            f.append(if seed < 3 { hurt } else { other }, seed, 2, 100);
+            f.flushed(seed as usize + 1).await;
+        }
+        f.store.close().await;
+    });
+    let (path, position) = items(dir.path(), is_block)[2].clone();
+    flip(&path, position + 16);
+    for _ in 0..2 {
+        run(async {
+            let f = open(dir.path(), small(dir.path())).await;
+            let hurt = slot(&f, 1);
+            let before = f.store.span(hurt).next_offset;
+            assert!(6 <= before, "offset {before} was given out before");
+            f.append(hurt, 50 + before, 1, 10);
+            f.flushed(1).await;
+            let (batches, damaged) = f.read_all(hurt, 0).await;
+            assert_eq!((damaged.len(), &damaged[0]), (1, &(4..6)));
+            assert_eq!(batches[..3], [(0, 0), (2, 1), (6, 56)]);
+            f.store.close().await;
+        });
+    }
+}
+
+/// Stops in the middle of writes again and again: what was in flight is there, in part, or not at all.
+#[test]
+fn no_acked_entry_is_lost_when_writes_tear() {
+    for first_seed in 1..=4u64 {
+        let dir = tempfile::tempdir().unwrap();
+        let mut seed = first_seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        // Of each partition, by offset: the token, and whether it was acked.
+        let mut model: Vec<Vec<(u64, bool)>> = vec![Vec::new(); 3];
+        let mut token = 0;
+        for round in 0..12 {
+            run(async {
+                let io = FaultyIo::new();
+                let config = StoreConfig { flush_bytes_min: 4096, segments_spare: 0, ..small(dir.path()) };
+                let f = open_with(io.clone(), dir.path(), config).await;
+                assert!(f.recovered.damaged.is_empty(), "seed {first_seed} round {round}: {:?}", f.recovered.damaged);
+                let slots: Vec<_> = (1..=3).map(|id| slot(&f, id)).collect();
+                for (index, entries) in model.iter_mut().enumerate() {
+                    let end = f.store.span(slots[index]).end_offset as usize;
+                    let acked = entries.iter().rposition(|(_, acked)| *acked).map_or(0, |last| last + 1);
+                    assert!(acked <= end && end <= entries.len(), "seed {first_seed} round {round}: {acked} {end}");
+                    entries.truncate(end);
+                    let (batches, damaged) = f.read_all(slots[index], 0).await;
+                    assert!(damaged.is_empty());
+                    let expected = entries.iter().enumerate().map(|(offset, (token, _))| (offset as u64, *token));
+                    assert!(batches.iter().copied().eq(expected), "seed {first_seed} round {round} partition {index}");
+                }
+                let tear_after = 5 + common::random(&mut seed) % 60;
+                io.tear.set(Some(common::random(&mut seed) | 1));
+                io.writes_left.set(Some(tear_after as u32));
+                let mut refused = false;
+                while !refused {
+                    for _ in 0..common::random(&mut seed) % 12 {
+                        let index = (common::random(&mut seed) % 3) as usize;
+                        let bytes = (common::random(&mut seed) % 9000) as usize;
+                        // Refused after a failed flush, or because the header of the next segment failed.
+                        refused = f.try_append(slots[index], token, 1, bytes, 1_000_000).is_err();
+                        if refused {
+                            break;
+                        }
+                        model[index].push((token, false));
+                        token += 1;
+                    }
+                    drava_runtime::time::sleep(std::time::Duration::from_micros(100)).await;
+                }
+                f.store.close().await;
+                let acked: std::collections::BTreeSet<_> = f.sink.borrow().flushed.iter().copied().collect();
+                for (token, was_acked) in model.iter_mut().flatten() {
+                    *was_acked |= acked.contains(token);
+                }
+            });
+        }
+    }
+}

@@ -122,13 +122,119 @@ impl Node {
 
     /// GET of a path of the admin: status and body.
     pub fn http_get(&self, path: &str) -> (u16, String) {
+        let answer = self.http("GET", path, None);
+        (answer.status, answer.body)
+    }
+
+    /// One request to the admin, with a JSON body if there is one.
+    pub fn http(&self, method: &str, path: &str, json: Option<&str>) -> HttpAnswer {
+        let mut request = format!("{method} {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n");
+        if let Some(json) = json {
+            request += &format!("Content-Type: application/json\r\nContent-Length: {}\r\n", json.len());
+        }
+        request += "\r\n";
+        request += json.unwrap_or_default();
+        HttpAnswer::read(&mut self.http_send(request.as_bytes()))
+    }
+
+    /// Sends bytes to the admin.
+    pub fn http_send(&self, bytes: &[u8]) -> TcpStream {
         let mut stream = TcpStream::connect(self.admin).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n").unwrap();
+        stream.write_all(bytes).unwrap();
+        stream
+    }
+
+    /// A metric, summed over all shards.
+    pub fn metric(&self, name: &str) -> f64 {
+        let (status, text) = self.http_get("/metrics");
+        assert_eq!(status, 200);
+        let values: Vec<f64> = text
+            .lines()
+            .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{'])))
+            .map(|line| line.rsplit(' ').next().unwrap().parse().unwrap())
+            .collect();
+        assert!(!values.is_empty(), "there is no metric {name}");
+        values.iter().sum()
+    }
+
+    /// Resident memory of the node, in bytes. Source: proc_pid_statm(5).
+    pub fn resident_bytes(&self) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/statm", self.pid())).unwrap();
+        let pages: u64 = text.split_ascii_whitespace().nth(1).unwrap().parse().unwrap();
+        pages * rustix::param::page_size() as u64
+    }
+
+    /// Fails unless the node lives and takes and gives messages as if nothing had happened.
+    pub fn assert_serves(&self) {
+        let (status, body) = self.http_get("/healthz");
+        assert_eq!(status, 200, "{body}");
+        let topic = self.connect().topic("still-served", TopicPolicy { partitions: 2, ..TopicPolicy::default() });
+        for (index, place) in topic.partitions.iter().enumerate() {
+            let mut wire = self.connect_owner(&topic, index);
+            let base_offset = wire.publish(place.partition, &batch_of(&Seal::default(), &["alive"])).base_offset;
+            let read = wire.read_all(place.partition, base_offset);
+            assert_eq!(read.into_values().collect::<Vec<_>>(), [b"alive"]);
+        }
+    }
+}
+
+/// What the admin answered.
+#[derive(Debug)]
+pub struct HttpAnswer {
+    pub status: u16,
+    /// Names in lower case.
+    pub headers: BTreeMap<String, String>,
+    pub body: String,
+}
+
+impl HttpAnswer {
+    /// Reads an answer that ends with its connection.
+    pub fn read(stream: &mut TcpStream) -> HttpAnswer {
         let mut text = String::new();
         stream.read_to_string(&mut text).unwrap();
-        let status = text.split(' ').nth(1).unwrap().parse().unwrap();
-        (status, text.split_once("\r\n\r\n").unwrap().1.to_owned())
+        let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no HTTP answer: {text:?}"));
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        let headers = head.lines().skip(1).map(|line| {
+            let (name, value) = line.split_once(':').unwrap();
+            (name.to_ascii_lowercase(), value.trim().to_owned())
+        });
+        HttpAnswer { status, headers: headers.collect(), body: body.to_owned() }
+    }
+
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.body))
+    }
+}
+
+/// Waits until `condition` holds, at most for [`PATIENCE`].
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "still waiting after {PATIENCE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Numbers that are the same on every run with the same seed (splitmix64).
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// 0 to `bound`, without it.
+    pub fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound as u64) as usize
+    }
+
+    pub fn bytes(&mut self, count: usize) -> Vec<u8> {
+        (0..count).map(|_| self.next() as u8).collect()
     }
 }
 
@@ -196,6 +302,11 @@ impl Wire {
         let answer = wire.call(&hello)?;
         expect!(answer, Welcome);
         Ok(wire)
+    }
+
+    /// The same connection for a thread that only sends; its correlations start at 1.
+    pub fn sender(&self) -> Wire {
+        Wire { stream: self.stream.try_clone().unwrap(), buffer: Vec::new(), correlation: 0 }
     }
 
     pub fn send<M: Message>(&mut self, message: &M, payload: &[u8]) -> std::io::Result<u64> {

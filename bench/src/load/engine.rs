@@ -188,28 +188,26 @@ impl Measuring<'_> {
             std::thread::sleep(LOOK_EVERY);
         }
         shared.enter(Phase::Running);
-        if !self.options.warm_up().is_zero() {
+        let warm_up = self.options.warm_up(self.kind);
+        if !warm_up.is_zero() {
             self.progress.say("warming up");
-            self.sleep_while_running(self.options.warm_up());
+            self.sleep_while_running(warm_up);
         }
 
         let (published_before, delivered_before) = (shared.published.counts(), shared.delivered.counts());
         drop((shared.published.take_latency(), shared.delivered.take_latency()));
-        shared.measure_from(if self.options.warm_up().is_zero() { 0 } else { clock_ns() });
+        shared.measure_from(if warm_up.is_zero() { 0 } else { clock_ns() });
         let client_before = self.client_cpu();
         let node_before = self.node_cpu()?;
+        let time = self.options.measured(self.kind);
         let started = Instant::now();
         let mut totals = (Totals::default(), Totals::default());
         let mut samples = Vec::new();
         let mut last = Interval { at: started, published: published_before, delivered: delivered_before };
         loop {
-            let left = match self.options.messages {
-                Some(_) => SAMPLE_EVERY,
-                None => self.options.measured().saturating_sub(started.elapsed()).min(SAMPLE_EVERY),
-            };
+            let left = time.map_or(SAMPLE_EVERY, |time| time.saturating_sub(started.elapsed()).min(SAMPLE_EVERY));
             let running = self.sleep_while_running(left);
-            let over = !running || (self.options.messages.is_none() && self.options.measured() <= started.elapsed());
-            if over {
+            if !running || time.is_some_and(|time| time <= started.elapsed()) {
                 break;
             }
             samples.push(self.sample(started, &mut last, &mut totals));

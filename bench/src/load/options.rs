@@ -109,7 +109,7 @@ pub struct LoadOptions {
     #[arg(long, help_heading = "Load")]
     pub repeat: bool,
 
-    /// Seconds to measure, after the warm-up
+    /// Seconds to measure, after the warm-up; consuming without --repeat ends when all is read
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0, help_heading = "Run")]
     pub duration: f64,
     /// Seconds of load before the measured stretch
@@ -158,12 +158,21 @@ impl LoadOptions {
         self.consumers.unwrap_or(self.connections)
     }
 
-    pub fn measured(&self) -> Duration {
-        Duration::from_secs_f64(self.duration.max(0.0))
+    /// How long to measure. `None`: until all messages are sent or read.
+    pub fn measured(&self, kind: Kind) -> Option<Duration> {
+        (!self.is_finite(kind)).then(|| Duration::from_secs_f64(self.duration.max(0.0)))
     }
 
-    pub fn warm_up(&self) -> Duration {
-        if self.messages.is_some() { Duration::ZERO } else { Duration::from_secs_f64(self.warm_up.max(0.0)) }
+    /// A run that ends by itself is measured from its first message.
+    pub fn warm_up(&self, kind: Kind) -> Duration {
+        if self.is_finite(kind) { Duration::ZERO } else { Duration::from_secs_f64(self.warm_up.max(0.0)) }
+    }
+
+    fn is_finite(&self, kind: Kind) -> bool {
+        match kind {
+            Kind::Consume => !self.repeat,
+            Kind::Produce | Kind::Tail | Kind::Mixed => self.messages.is_some(),
+        }
     }
 
     pub fn cores(&self) -> Vec<usize> {

@@ -12,8 +12,8 @@ use drava_protocol::{PartitionId, ShardId};
 use drava_runtime::chunk::Slice;
 use drava_runtime::{Executor, ExecutorConfig};
 use drava_storage::{
-    FlushError, FlushSink, GlommioIo, IndexDb, Io, NewEntry, PartitionSlot, ReadError, Recovered, Run, StateBatch,
-    Store, StoreConfig,
+    AppendError, FlushError, FlushSink, GlommioIo, IndexDb, Io, NewEntry, PartitionSlot, ReadError, Recovered, Run,
+    StateBatch, Store, StoreConfig,
 };
 
 /// What a test's entries are known by.
@@ -100,12 +100,23 @@ impl<I: Io> Fixture<I> {
     }
 
     pub fn append_at(&self, slot: PartitionSlot, seed: u64, count: u32, payload_bytes: usize, time_ms: u64) -> u64 {
+        self.try_append(slot, seed, count, payload_bytes, time_ms).expect("appended")
+    }
+
+    pub fn try_append(
+        &self,
+        slot: PartitionSlot,
+        seed: u64,
+        count: u32,
+        payload_bytes: usize,
+        time_ms: u64,
+    ) -> Result<u64, AppendError> {
         let bytes = batch_of(seed, count, payload_bytes);
         let header = batch::check(&bytes).expect("a good batch");
         let base_offset = self.store.span(slot).next_offset;
         let entry = NewEntry { bytes: Slice::copy_of(&bytes), header, base_offset, append_time_ms: time_ms };
-        self.store.append(slot, entry, seed).map_err(|(error, _)| error).expect("appended");
-        base_offset
+        self.store.append(slot, entry, seed).map_err(|(error, _)| error)?;
+        Ok(base_offset)
     }
 
     pub async fn flushed(&self, count: usize) {
@@ -167,21 +178,31 @@ pub struct FaultyIo {
     disk: GlommioIo,
     /// Writes that still succeed; `None`: all.
     pub writes_left: Rc<std::cell::Cell<Option<u32>>>,
+    /// Seed of what is left of the writes that fail: all, some or nothing. `None`: nothing.
+    pub tear: Rc<std::cell::Cell<Option<u64>>>,
 }
 
 impl FaultyIo {
     pub fn new() -> FaultyIo {
-        FaultyIo { disk: GlommioIo::new(), writes_left: Rc::default() }
+        FaultyIo { disk: GlommioIo::new(), writes_left: Rc::default(), tear: Rc::default() }
     }
 
     fn file(&self, file: <GlommioIo as Io>::File) -> FaultyFile {
-        FaultyFile { file, writes_left: self.writes_left.clone() }
+        FaultyFile { file, io: self.clone() }
     }
+}
+
+/// A small generator: the same seed gives the same numbers.
+pub fn random(seed: &mut u64) -> u64 {
+    *seed ^= *seed << 13;
+    *seed ^= *seed >> 7;
+    *seed ^= *seed << 17;
+    *seed
 }
 
 pub struct FaultyFile {
     file: <GlommioIo as Io>::File,
-    writes_left: Rc<std::cell::Cell<Option<u32>>>,
+    io: FaultyIo,
 }
 
 impl Io for FaultyIo {
@@ -246,9 +267,12 @@ impl drava_storage::io::File for FaultyFile {
     type Read = <<GlommioIo as Io>::File as drava_storage::io::File>::Read;
 
     async fn write_at(&self, buffer: Rc<Self::Buffer>, position: u64) -> std::io::Result<()> {
-        match self.writes_left.get() {
-            Some(0) => return Err(std::io::Error::from_raw_os_error(5)),
-            Some(left) => self.writes_left.set(Some(left - 1)),
+        match self.io.writes_left.get() {
+            Some(0) => {
+                self.tear(&buffer, position).await?;
+                return Err(std::io::Error::from_raw_os_error(5));
+            }
+            Some(left) => self.io.writes_left.set(Some(left - 1)),
             None => {}
         }
         self.file.write_at(buffer, position).await
@@ -260,6 +284,30 @@ impl drava_storage::io::File for FaultyFile {
 
     async fn sync(&self) -> std::io::Result<()> {
         self.file.sync().await
+    }
+}
+
+impl FaultyFile {
+    /// Writes some pages of the buffer.
+    async fn tear(&self, buffer: &Rc<<GlommioIo as Io>::Buffer>, position: u64) -> std::io::Result<()> {
+        use drava_storage::io::File;
+        let Some(mut seed) = self.io.tear.get() else { return Ok(()) };
+        let bytes: &[u8] = (**buffer).as_ref();
+        let kind = random(&mut seed) % 3;
+        self.io.tear.set(Some(seed));
+        for (index, page) in bytes.chunks(4096).enumerate() {
+            let keep = match kind {
+                0 => true,
+                1 => false,
+                _ => random(&mut seed).is_multiple_of(2),
+            };
+            if keep {
+                let mut torn = self.io.buffer(4096);
+                torn.as_mut().copy_from_slice(page);
+                self.file.write_at(Rc::new(torn), position + index as u64 * 4096).await?;
+            }
+        }
+        Ok(())
     }
 }
 
