@@ -16,7 +16,7 @@ use bytes::{Bytes, BytesMut};
 use clap::{Args, ValueEnum};
 use drava_client::{Client, Compression, Producer, Record};
 use indicatif::{ProgressBar, ProgressStyle};
-use memchr::memmem::{Finder, FinderRev};
+use memchr::memmem::Finder;
 use serde_json::json;
 use tokio::sync::mpsc;
 
@@ -273,7 +273,7 @@ fn record(line: Bytes, key_separator: Option<&Finder<'_>>) -> Record {
 
 /// Reads `input` to its end into blocks of whole lines; only the last may lack its delimiter.
 fn read_blocks(mut input: impl Read, delimiter: &[u8], blocks: &mpsc::Sender<io::Result<Bytes>>) {
-    let last_delimiter = FinderRev::new(delimiter);
+    let finder = Finder::new(delimiter);
     let mut buffer = BytesMut::zeroed(BLOCK_BYTES);
     let mut filled = 0;
     loop {
@@ -300,7 +300,8 @@ fn read_blocks(mut input: impl Read, delimiter: &[u8], blocks: &mpsc::Sender<io:
         } else {
             // The delimiter may have begun in what was there before.
             let searched_from = (before + 1).saturating_sub(delimiter.len());
-            let found = last_delimiter.rfind(&buffer[searched_from..filled]);
+            // Front to back, as the lines are cut: a delimiter such as `--` is found elsewhere in `---` from the back.
+            let found = finder.find_iter(&buffer[searched_from..filled]).last();
             found.map_or(0, |position| searched_from + position + delimiter.len())
         };
         if 0 < whole {
