@@ -792,7 +792,9 @@ fn clients_that_never_read_are_cut_and_the_memory_they_cost_is_bounded() {
     }
     // Everybody else is served, and what they publish wakes those who wait for it.
     let mut resident_max = 0;
-    let gone = || node.metric("drava_connections") < 3.0;
+    // Answers that fit into the sockets' own buffers break no limit; those of the fetches for the other core may be few,
+    // because most of them are answered `Busy`.
+    let gone = || node.metric("drava_connections") < 3.0 + 8.0;
     let mut served = 0;
     let deadline = std::time::Instant::now() + PATIENCE;
     while !gone() {

@@ -41,7 +41,8 @@ impl ProducerBuilder {
         ProducerBuilder { inner, topic, config, id: None, delivery_timeout: Duration::from_secs(120) }
     }
 
-    /// The largest batch, in bytes before compression; lowered to what the node accepts. Default: 64 KiB.
+    /// The largest batch, in bytes before compression; lowered to what the node accepts. A record that is larger has a
+    /// batch of its own. Default: 64 KiB.
     pub fn batch_bytes(mut self, bytes_max: usize) -> Self {
         self.config.batch_bytes_max = bytes_max;
         self
@@ -145,6 +146,7 @@ impl ProducerBuilder {
             let batch_bytes_max = connection.payload_bytes_max();
             let mut config = self.config;
             config.batch_bytes_max = config.batch_bytes_max.min(batch_bytes_max as usize);
+            config.lone_record_batch_bytes_max = batch_bytes_max as usize;
             if config.batch_bytes_max < HEADER_BYTES + RECORD_HEADER_BYTES {
                 return Err(OpenProducerError::NodeBatches { batch_bytes_max });
             }

@@ -29,6 +29,8 @@ const RETRY_PAUSE: Duration = Duration::from_millis(20);
 pub struct ProducerConfig {
     /// A batch is sealed before it passes this many bytes, header included and before compression.
     pub batch_bytes_max: usize,
+    /// What the node accepts. A record that alone passes `batch_bytes_max` has a batch of its own up to this.
+    pub lone_record_batch_bytes_max: usize,
     /// A batch is sealed with this many records.
     pub batch_count_max: u32,
     /// What the first record of a batch waits for company. Zero: only while the window is full.
@@ -44,6 +46,7 @@ impl Default for ProducerConfig {
     fn default() -> ProducerConfig {
         ProducerConfig {
             batch_bytes_max: 64 * 1024,
+            lone_record_batch_bytes_max: 64 * 1024,
             batch_count_max: 10_000,
             linger: Duration::ZERO,
             window_bytes_max: 4 * 1024 * 1024,
@@ -145,7 +148,7 @@ impl ProducerCore {
         ProducerCore {
             config,
             identity,
-            open: Builder::new(config.batch_bytes_max),
+            open: Builder::new(config.lone_record_batch_bytes_max.max(config.batch_bytes_max)),
             seal_at: None,
             flushing: false,
             sealed: VecDeque::new(),
@@ -163,6 +166,10 @@ impl ProducerCore {
         if self.open.record_count() == self.config.batch_count_max && !self.seal() {
             return Err(PushError::WindowFull);
         }
+        let batch_bytes = self.open.batch_bytes() + Builder::record_bytes(record);
+        if self.config.batch_bytes_max < batch_bytes && !self.open.is_empty() && !self.seal() {
+            return Err(PushError::WindowFull);
+        }
         loop {
             match self.open.push(record) {
                 Ok(()) => break,
@@ -172,7 +179,7 @@ impl ProducerCore {
                     }
                 }
                 Err(BatchError::Full(record_bytes)) => {
-                    let batch_bytes_max = self.config.batch_bytes_max;
+                    let batch_bytes_max = self.config.lone_record_batch_bytes_max.max(self.config.batch_bytes_max);
                     return Err(PushError::TooLarge { batch_bytes: HEADER_BYTES + record_bytes, batch_bytes_max });
                 }
                 Err(_) => return Err(PushError::Headers),
@@ -376,7 +383,12 @@ mod tests {
 
     #[test]
     fn a_batch_is_sealed_by_count_by_bytes_by_linger_and_by_a_flush() {
-        let config = ProducerConfig { batch_bytes_max: 200, linger: 5 * MS, ..config() };
+        let config = ProducerConfig {
+            batch_bytes_max: 200,
+            lone_record_batch_bytes_max: 400,
+            linger: 5 * MS,
+            ..config()
+        };
         let mut core = core(config);
         assert_eq!(push(&mut core, MS, b"a"), Ok(Ticket { batch: 0, index: 0 }));
         assert_eq!(core.deadline(), Some(6 * MS));
@@ -391,8 +403,11 @@ mod tests {
         assert_eq!(acks(&mut core, 0, 0), [(0, Some(0))]);
         core.flush();
         assert_eq!(sends(&mut core, 8 * MS), [(3, 104)]);
-        let too_large = PushError::TooLarge { batch_bytes: 64 + 16 + 121, batch_bytes_max: 200 };
-        assert_eq!(push(&mut core, 8 * MS, &[0; 121]), Err(too_large));
+        assert_eq!(push(&mut core, 8 * MS, b"d"), Ok(Ticket { batch: 4, index: 0 }));
+        assert_eq!(push(&mut core, 8 * MS, &[0; 320]), Ok(Ticket { batch: 5, index: 0 }), "a batch of its own");
+        assert_eq!(sends(&mut core, 8 * MS), [(4, 105), (5, 106)], "it waits for no company");
+        let too_large = PushError::TooLarge { batch_bytes: 64 + 16 + 321, batch_bytes_max: 400 };
+        assert_eq!(push(&mut core, 8 * MS, &[0; 321]), Err(too_large));
     }
 
     #[test]

@@ -62,12 +62,22 @@ impl ChunkPool {
         if 0 < lent && self.0.bytes_max < lent + bytes {
             return None;
         }
+        Some(self.take_beyond(bytes))
+    }
+
+    /// As [`ChunkPool::take_sized`], whatever is lent already. For those whose going on frees what others hold.
+    pub fn take_beyond(&self, bytes: usize) -> Chunk {
         let memory = if bytes == self.0.chunk_bytes { self.0.free.borrow_mut().pop() } else { None };
         let memory = memory.unwrap_or_else(|| vec![0; bytes].into_boxed_slice());
-        self.0.bytes_lent.set(lent + bytes);
+        self.0.bytes_lent.set(self.0.bytes_lent.get() + bytes);
         let capacity = memory.len();
         let start = NonNull::new(Box::into_raw(memory).cast::<u8>()).expect("a box is not null");
-        Some(Chunk { memory: Rc::new(Memory { start, capacity, pool: Rc::downgrade(&self.0) }), filled: 0 })
+        Chunk { memory: Rc::new(Memory { start, capacity, pool: Rc::downgrade(&self.0) }), filled: 0 }
+    }
+
+    /// Wakes those who wait for memory, so that they look again.
+    pub fn notify_returned(&self) {
+        self.0.returned.notify_all();
     }
 
     /// Gives free chunks back to the system, all but `keep`.
@@ -243,6 +253,18 @@ mod tests {
         let large = pool.take_sized(1000).unwrap();
         assert!(pool.take().is_none());
         drop(large);
+        assert!(pool.take().is_some());
+    }
+
+    #[test]
+    fn memory_beyond_the_limit_counts_like_any_other() {
+        let pool = ChunkPool::new(64, 64, 1);
+        let chunk = pool.take().unwrap();
+        let beyond = pool.take_beyond(1000);
+        assert_eq!(pool.bytes_lent(), 1064);
+        drop(chunk);
+        assert!(pool.take().is_none());
+        drop(beyond);
         assert!(pool.take().is_some());
     }
 

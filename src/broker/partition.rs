@@ -115,7 +115,7 @@ mod tests {
     fn state_rows_restore_what_was_saved() {
         let name = TopicName::parse("orders").unwrap();
         let mut partition = Partition::new(PartitionId(1), name.clone(), Durability::Disk);
-        partition.producers.open(9);
+        partition.producers.open(9).unwrap();
         let row = partition.producers.encode(9).unwrap();
         let rows = [(producer_key(9).to_vec(), row), (cursor_key("s"), 42u64.to_le_bytes().to_vec())];
 
@@ -123,7 +123,7 @@ mod tests {
         let replayed =
             Replayed { base_offset: 50, record_count: 3, producer: 9, producer_epoch: 1, base_sequence: 0 };
         restored.restore(rows.iter().map(|(k, v)| (&k[..], &v[..])), [replayed]).unwrap();
-        assert_eq!(restored.producers.open(9), (2, 3));
+        assert_eq!(restored.producers.open(9), Ok((2, 3)));
         let consumer = ConsumerKey { connection: 1, consumer: 1 };
         assert_eq!(restored.subscriptions.attach("s", consumer, 0, false).unwrap().cursor, 42);
     }

@@ -34,6 +34,8 @@ pub enum AdmitError {
     Overlap { producer: u64, expected: u64, first: u64, last: u64 },
     #[error("producer {producer} is at epoch {current}; the batch has {got}")]
     Fenced { producer: u64, current: u32, got: u32 },
+    #[error("producer {producer} is at the last epoch there is; open one with another id")]
+    LastEpoch { producer: u64 },
 }
 
 /// The place of a producer in its partition's table, valid until the table forgets it.
@@ -121,14 +123,16 @@ impl Producers {
 
     /// Opens a producer under a new epoch; returns the epoch and the next sequence. The caller saves the row that
     /// [`Producers::encode`] gives before it answers, so that the older epoch stays fenced after a crash.
-    pub fn open(&mut self, producer: u64) -> (u32, u64) {
+    ///
+    /// Errors: `LastEpoch`; epochs come from clients, who may claim any.
+    pub fn open(&mut self, producer: u64) -> Result<(u32, u64), AdmitError> {
         let index = match self.by_id.get(&producer) {
             Some(&index) => index,
             None => self.insert(producer, 0, 0),
         };
         let producer = &mut self.slots[index as usize];
-        producer.epoch += 1;
-        (producer.epoch, producer.next_sequence)
+        producer.epoch = producer.epoch.checked_add(1).ok_or(AdmitError::LastEpoch { producer: producer.id })?;
+        Ok((producer.epoch, producer.next_sequence))
     }
 
     /// A batch of the producer in `slot` reached the disk; its messages end before sequence `end_sequence`.
@@ -384,7 +388,7 @@ mod tests {
     fn a_new_epoch_fences_the_old() {
         let mut producers = Producers::default();
         append(&mut producers, header(7, 0, 0, 1), 0);
-        assert_eq!(producers.open(7), (1, 1));
+        assert_eq!(producers.open(7), Ok((1, 1)));
         assert!(matches!(producers.admit(&header(7, 0, 1, 1)), Err(AdmitError::Fenced { current: 1, got: 0, .. })));
         append(&mut producers, header(7, 1, 1, 1), 1);
     }
@@ -417,7 +421,7 @@ mod tests {
         restored.replay(7, 2, 0, 10, 0);
         restored.replay(7, 2, 10, 5, 50);
         assert_eq!(restored.admit(&header(7, 2, 10, 5)), Ok(Admission::Duplicate { base_offset: Some(50) }));
-        assert_eq!(restored.open(7), (3, 15));
+        assert_eq!(restored.open(7), Ok((3, 15)));
     }
 
     #[test]

@@ -21,7 +21,7 @@ use drava_protocol::frame::{self, Decoded};
 use drava_protocol::message::{self, Kind, Message};
 use drava_protocol::{ErrorCode, frame::Frame};
 use drava_runtime::chunk::{Chunk, ChunkPool, Slice};
-use drava_runtime::local::Wait;
+use drava_runtime::local::{Broadcast, Wait};
 use drava_runtime::net::TcpStream;
 use drava_storage::Run;
 use futures_lite::io::{AsyncRead, AsyncWrite};
@@ -32,7 +32,9 @@ use super::consumer::Consumer;
 /// The least room for a read; with less a new chunk is taken.
 const READ_BYTES_MIN: usize = 4 * 1024;
 /// How long an unfinished frame may keep a whole chunk.
-const COMPACT_AFTER: Duration = Duration::from_secs(1);
+pub const COMPACT_AFTER: Duration = Duration::from_secs(1);
+/// The same while others wait for memory.
+pub const COMPACT_AFTER_PRESSED: Duration = Duration::from_millis(20);
 /// Answers and deliveries waiting to be sent; beyond it the connection is not read and nothing more is delivered.
 pub const OUT_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// The same for all connections of a shard together; beyond it each may queue no more than [`OUT_BYTES_CROWDED`].
@@ -60,6 +62,8 @@ pub struct Connection {
     /// Since when the client has not taken what is queued.
     stuck_since: Cell<Option<Instant>>,
     consumers: RefCell<BTreeMap<u32, Rc<Consumer>>>,
+    /// Changes when queued bytes went out, and when the connection is over.
+    room: Broadcast,
     /// Queued on all connections of the shard.
     out_total: Rc<Cell<usize>>,
     /// Give back what of the chunk is not used by the unfinished frame.
@@ -144,6 +148,7 @@ impl Connection {
             partial_since: Cell::new(None),
             stuck_since: Cell::new(None),
             consumers: RefCell::default(),
+            room: Broadcast::default(),
             out_total,
             compact: Cell::new(false),
         }
@@ -239,6 +244,25 @@ impl Connection {
         self.out.borrow().bytes < self.out_bytes_max()
     }
 
+    /// Whether nothing more is sent, whatever is queued.
+    pub fn is_over(&self) -> bool {
+        self.aborted.get()
+    }
+
+    /// Returns when more may be queued, or when the connection is over and nobody waits for it.
+    pub async fn room(&self) {
+        let mut wait = self.room.wait();
+        std::future::poll_fn(|cx| {
+            if self.has_room() || self.aborted.get() {
+                wait.leave();
+                return Poll::Ready(());
+            }
+            wait.enter(cx);
+            Poll::Pending
+        })
+        .await
+    }
+
     fn out_bytes_max(&self) -> usize {
         if self.out_total.get() < OUT_TOTAL_BYTES_MAX { OUT_BYTES_MAX } else { OUT_BYTES_CROWDED }
     }
@@ -277,9 +301,9 @@ impl Connection {
         None
     }
 
-    /// An unfinished frame has waited for a while: its connection shall hold no more memory than it fills.
-    pub fn compact_if_slow(&self, now: Instant) {
-        if self.partial_since.get().is_some_and(|since| COMPACT_AFTER < now.saturating_duration_since(since)) {
+    /// An unfinished frame that has waited for `after` shall hold no more memory than it fills.
+    pub fn compact_if_slow(&self, now: Instant, after: Duration) {
+        if self.partial_since.get().is_some_and(|since| after < now.saturating_duration_since(since)) {
             self.compact.set(true);
             self.wake();
         }
@@ -322,6 +346,14 @@ pub enum Overdue {
     Write,
 }
 
+/// Whether memory for receiving may pass what all connections may have together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Budget {
+    Within,
+    /// For the one connection that holds the overdraft, and for moving to less memory.
+    Beyond,
+}
+
 /// The receiving side: the chunk being filled, and what of it is still to be parsed.
 #[derive(Debug, Default)]
 struct Receiver {
@@ -338,33 +370,42 @@ impl Receiver {
 
     /// Makes sure that there is a chunk with room for a read, if possible for the rest of the frame. `false`: the pool
     /// has none now.
-    fn ensure_room(&mut self, pool: &ChunkPool) -> bool {
+    fn ensure_room(&mut self, pool: &ChunkPool, budget: Budget) -> bool {
         let have = self.unparsed();
-        let missing = self.frame_bytes.saturating_sub(have).max(READ_BYTES_MIN);
+        let missing = if self.frame_bytes == 0 { READ_BYTES_MIN } else { self.frame_bytes - have };
+        let mut grows = false;
         if let Some(chunk) = &self.chunk {
-            // A frame that is larger than a chunk, or came slowly, has memory of its own that grows as it fills.
-            let own = chunk.capacity() != pool.chunk_bytes();
-            if (if own { READ_BYTES_MIN } else { missing }) <= chunk.spare_bytes() {
+            // The unfinished frame is larger than a chunk, or came slowly: its memory grows as it fills.
+            grows = self.parsed == 0 && chunk.capacity() != pool.chunk_bytes();
+            // What is only announced takes no memory: a frame that no chunk holds fills this one first.
+            let fills = grows || pool.chunk_bytes() < have + missing;
+            let needed = if fills { missing.min(READ_BYTES_MIN) } else { missing.max(READ_BYTES_MIN) };
+            if needed <= chunk.spare_bytes() {
                 return true;
             }
         }
-        let wanted = if have + missing <= pool.chunk_bytes() {
+        let wanted = if !grows && have + READ_BYTES_MIN <= pool.chunk_bytes() {
             pool.chunk_bytes()
         } else {
-            (have + missing).min((2 * have).max(2 * pool.chunk_bytes()))
+            (have + missing).min(2 * have + READ_BYTES_MIN)
         };
-        self.move_to(pool, wanted)
+        self.move_to(pool, wanted, budget)
     }
 
     /// Lets go of what the unfinished frame does not fill.
     fn compact(&mut self, pool: &ChunkPool) {
-        if self.chunk.as_ref().is_some_and(|chunk| chunk.capacity() == pool.chunk_bytes()) {
-            self.move_to(pool, self.unparsed() + READ_BYTES_MIN);
+        let lean = self.unparsed() + READ_BYTES_MIN;
+        if self.chunk.as_ref().is_some_and(|chunk| 2 * lean < chunk.capacity()) {
+            self.move_to(pool, lean, Budget::Beyond);
         }
     }
 
-    fn move_to(&mut self, pool: &ChunkPool, capacity: usize) -> bool {
-        let Some(mut fresh) = pool.take_sized(capacity) else { return false };
+    fn move_to(&mut self, pool: &ChunkPool, capacity: usize, budget: Budget) -> bool {
+        let fresh = match budget {
+            Budget::Within => pool.take_sized(capacity),
+            Budget::Beyond => Some(pool.take_beyond(capacity)),
+        };
+        let Some(mut fresh) = fresh else { return false };
         if let Some(old) = &self.chunk {
             fresh.extend(&old.filled()[self.parsed..]);
         }
@@ -416,12 +457,14 @@ pub async fn serve(shard: Rc<Shard>, connection: Rc<Connection>, mut stream: Tcp
     let unsent = std::mem::take(&mut *connection.out.borrow_mut()).bytes;
     connection.out_total.set(connection.out_total.get() - unsent);
     connection.aborted.set(true);
+    connection.room.notify_all();
+    shard.release_overdraft(connection.id);
     shard.disconnected(connection.id);
 }
 
 /// Sends what is queued, then reads. Ready when bytes came or the connection is over.
 fn turn(
-    shard: &Shard,
+    shard: &Rc<Shard>,
     connection: &Connection,
     stream: &mut TcpStream,
     receiver: &mut Receiver,
@@ -444,7 +487,11 @@ fn turn(
         if receiver.unparsed() != 0 && receiver.frame_bytes == 0 {
             return Poll::Ready(Ok(Turn::Received));
         }
-        if receiver.ensure_room(&shard.chunks) {
+        if receiver.ensure_room(&shard.chunks, Budget::Within)
+            || (shard.claim_overdraft(connection.id) && receiver.ensure_room(&shard.chunks, Budget::Beyond))
+        {
+            // Whoever waits again does so behind those who wait already.
+            waits.memory.leave();
             let chunk = receiver.chunk.as_mut().expect("ensure_room left a chunk");
             match Pin::new(stream).poll_read(cx, chunk.spare()) {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Ok(Turn::Closed)),
@@ -456,12 +503,16 @@ fn turn(
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Pending => {
                     receiver.idle();
+                    if receiver.unparsed() == 0 {
+                        shard.release_overdraft(connection.id);
+                    }
                     if connection.compact.take() {
                         receiver.compact(&shard.chunks);
                     }
                 }
             }
         } else {
+            shard.relieve_memory();
             waits.memory.enter(cx);
         }
     }
@@ -494,7 +545,8 @@ fn send(shard: &Shard, connection: &Connection, stream: &mut TcpStream, cx: &mut
     if out.bytes == 0 {
         return Ok(true);
     }
-    let was_full = connection.out_bytes_max() <= out.bytes;
+    // With the least that the limit may have been when somebody found no room.
+    let was_full = OUT_BYTES_CROWDED <= out.bytes;
     out.seal_tail();
     loop {
         if out.bytes == 0 {
@@ -527,7 +579,8 @@ fn send(shard: &Shard, connection: &Connection, stream: &mut TcpStream, cx: &mut
     }
     let left = out.bytes;
     drop(out);
-    if was_full && left < connection.out_bytes_max() {
+    if was_full && connection.has_room() {
+        connection.room.notify_all();
         for consumer in connection.consumers.borrow().values() {
             consumer.wake();
         }
@@ -570,6 +623,9 @@ fn parse(shard: &Rc<Shard>, connection: &Rc<Connection>, receiver: &mut Receiver
     let partial = (receiver.frame_bytes != 0).then(|| connection.partial_since.get().unwrap_or_else(Instant::now));
     connection.partial_since.set(partial);
     receiver.idle();
+    if partial.is_none() {
+        shard.release_overdraft(connection.id);
+    }
 }
 
 fn take(shard: &Rc<Shard>, connection: &Rc<Connection>, frame: &Frame<'_>, payload: impl FnOnce() -> Slice) {

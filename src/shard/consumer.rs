@@ -107,8 +107,18 @@ impl Shard {
         let shard = self.clone();
         drava_runtime::spawn(async move {
             shard.wait_for_messages(index, slot, fetch.offset, fetch.wait.min(FETCH_WAIT_MAX)).await;
-            // A permit bounds what all fetches of the shard hold in memory at a time.
-            let permit = shard.fetches.acquire_static_permit(1).await;
+            // A permit bounds what all fetches of the shard hold in memory at a time. Who does not read what was sent
+            // before waits without one.
+            let permit = loop {
+                shard.room_for(&responder).await;
+                let permit = shard.fetches.acquire_static_permit(1).await;
+                if shard.has_room_for(&responder) || shard.is_over(&responder) {
+                    break permit;
+                }
+            };
+            if shard.is_over(&responder) {
+                return;
+            }
             if shard.slot(index).is_none() {
                 return shard.answer_gone(&responder, correlation);
             }
@@ -198,6 +208,9 @@ impl Shard {
             let Some(hosted) = hosted[index as usize].as_mut() else {
                 return self.answer_gone(&responder, correlation);
             };
+            // Beyond the end there is nothing yet that could be done already.
+            let span = self.store.span(hosted.slot);
+            let start = start.clamp(span.start_offset, span.end_offset);
             let attached = hosted.partition.subscriptions.attach(&request.subscription, key, start, request.take_over);
             hosted.dirty_cursors |= attached.as_ref().is_ok_and(|attached| attached.created);
             self.store.set_floor(hosted.slot, hosted.partition.subscriptions.floor());

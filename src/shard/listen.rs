@@ -47,7 +47,7 @@ pub async fn sweep(shard: Rc<Shard>) {
         let now = Instant::now();
         let connections: Vec<_> = shard.connections.borrow().values().cloned().collect();
         for connection in connections {
-            connection.compact_if_slow(now);
+            connection.compact_if_slow(now, connection::COMPACT_AFTER);
             let Some(overdue) = connection.overdue(now, &shard.limits) else { continue };
             tracing::debug!(connection = connection.id, ?overdue, "connection ended");
             match overdue {
@@ -71,6 +71,22 @@ fn error(code: ErrorCode, text: &str) -> Error {
 }
 
 impl Shard {
+    /// Somebody waits for memory to receive with: soon, unfinished frames give back what they do not fill.
+    pub(super) fn relieve_memory(self: &Rc<Self>) {
+        if self.relieving.replace(true) {
+            return;
+        }
+        let shard = self.clone();
+        drava_runtime::spawn(async move {
+            drava_runtime::time::sleep(connection::COMPACT_AFTER_PRESSED).await;
+            shard.relieving.set(false);
+            let now = Instant::now();
+            for connection in shard.connections.borrow().values() {
+                connection.compact_if_slow(now, connection::COMPACT_AFTER_PRESSED / 2);
+            }
+        });
+    }
+
     fn connected(self: &Rc<Self>, stream: TcpStream) {
         let id = self.connection_next.get();
         self.connection_next.set(id + 1);

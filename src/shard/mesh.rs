@@ -14,14 +14,16 @@ use drava_runtime::mesh::{SharedReceiver, SharedSender, new_bounded};
 
 /// Requests under way from one shard to one other.
 pub const FORWARDS_MAX: u32 = 256;
+/// Of them, fetches: their answers are large, and they may wait long.
+pub const FORWARDED_FETCHES_MAX: u32 = 32;
 const CHANNEL_CAPACITY: usize = 2 * FORWARDS_MAX as usize;
 
 /// What crosses from core to core. Owned bytes: receive chunks do not leave their core.
 #[derive(Debug)]
 pub enum MeshMessage {
     Request { connection: u64, correlation: u64, kind: Kind, body: Vec<u8>, payload: Vec<u8> },
-    /// The whole frame of the answer.
-    Answer { connection: u64, frame: Vec<u8> },
+    /// The whole frame of the answer to a request of that kind.
+    Answer { connection: u64, kind: Kind, frame: Vec<u8> },
 }
 
 /// The ends of all channels of one shard, by peer; its own place is empty. Made before the executors start.
@@ -55,6 +57,7 @@ pub struct Mesh {
 struct Peer {
     queue: Queue<MeshMessage>,
     under_way: Cell<u32>,
+    fetches_under_way: Cell<u32>,
 }
 
 impl Mesh {
@@ -64,7 +67,7 @@ impl Mesh {
             .into_iter()
             .map(|sender| {
                 let sender = sender?;
-                let peer = Rc::new(Peer { queue: Queue::new(CHANNEL_CAPACITY), under_way: Cell::new(0) });
+                let peer = Rc::new(Peer { queue: Queue::new(CHANNEL_CAPACITY), under_way: Cell::new(0), fetches_under_way: Cell::new(0) });
                 let queue = peer.queue.clone();
                 drava_runtime::spawn(async move {
                     let sender = sender.connect().await;
@@ -84,25 +87,31 @@ impl Mesh {
     pub fn forward(&self, to: ShardId, message: MeshMessage) -> bool {
         let peers = self.peers.borrow();
         let Some(peer) = peers.get(usize::from(to.0)).and_then(Option::as_ref) else { return false };
-        if FORWARDS_MAX <= peer.under_way.get() || peer.queue.try_send(message).is_err() {
+        let fetch = matches!(&message, MeshMessage::Request { kind: Kind::Fetch, .. });
+        if FORWARDS_MAX <= peer.under_way.get()
+            || (fetch && FORWARDED_FETCHES_MAX <= peer.fetches_under_way.get())
+            || peer.queue.try_send(message).is_err()
+        {
             return false;
         }
         peer.under_way.set(peer.under_way.get() + 1);
+        peer.fetches_under_way.set(peer.fetches_under_way.get() + u32::from(fetch));
         true
     }
 
     /// Queues an answer to a request that came from `to`.
-    pub fn answer(&self, to: ShardId, connection: u64, frame: Vec<u8>) {
+    pub fn answer(&self, to: ShardId, connection: u64, kind: Kind, frame: Vec<u8>) {
         let peers = self.peers.borrow();
         let peer = peers[usize::from(to.0)].as_ref().expect("requests come from peers");
-        let sent = peer.queue.try_send(MeshMessage::Answer { connection, frame });
+        let sent = peer.queue.try_send(MeshMessage::Answer { connection, kind, frame });
         assert!(sent.is_ok(), "more answers than requests under way from shard {to}");
     }
 
-    /// An answer came from `from`: one more request may go there.
-    pub fn answered(&self, from: ShardId) {
+    /// An answer to a request of `kind` came from `from`: one more may go there.
+    pub fn answered(&self, from: ShardId, kind: Kind) {
         let peers = self.peers.borrow();
         let peer = peers[usize::from(from.0)].as_ref().expect("answers come from peers");
         peer.under_way.set(peer.under_way.get() - 1);
+        peer.fetches_under_way.set(peer.fetches_under_way.get() - u32::from(kind == Kind::Fetch));
     }
 }

@@ -28,7 +28,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use drava_protocol::message::Message;
+use drava_protocol::message::{Kind, Message};
 use drava_protocol::{ErrorCode, NodeId, PartitionId, ShardId, frame};
 use drava_raft::Image;
 use drava_runtime::chunk::ChunkPool;
@@ -81,6 +81,11 @@ pub struct Shard {
     limits: Limits,
     store: Store<GlommioIo, Token>,
     chunks: ChunkPool,
+    /// The connection that may receive beyond the limit of `chunks` until its frame is whole. With all memory held by
+    /// unfinished frames none of them could end otherwise; one at a time does.
+    overdraft: Cell<Option<u64>>,
+    /// Unfinished frames are about to be asked for memory.
+    relieving: Cell<bool>,
     counters: Counters,
     image: RefCell<Arc<Image>>,
     /// By index. The place of a deleted partition stays empty, so that no task meets another partition there.
@@ -124,18 +129,18 @@ struct Hosted {
 #[derive(Clone, Debug)]
 enum Responder {
     Local(Rc<Connection>),
-    /// A connection of another shard, which forwarded the request.
-    Remote { shard: ShardId, connection: u64 },
+    /// A connection of another shard, which forwarded the request of that kind.
+    Remote { shard: ShardId, connection: u64, kind: Kind },
 }
 
 impl Shard {
     fn answer<M: Message>(&self, responder: &Responder, correlation: u64, message: &M) {
         match responder {
             Responder::Local(connection) => connection.answer(correlation, message),
-            Responder::Remote { shard, connection } => {
+            Responder::Remote { shard, connection, kind } => {
                 let mut frame = Vec::new();
                 frame::encode(message, 0, correlation, 0, &mut frame);
-                self.answer_remote(*shard, *connection, frame);
+                self.answer_remote(*shard, *connection, *kind, frame);
             }
         }
     }
@@ -143,14 +148,14 @@ impl Shard {
     fn answer_with<M: Message>(&self, responder: &Responder, correlation: u64, message: &M, runs: &mut Vec<Run>) {
         match responder {
             Responder::Local(connection) => connection.answer_with(correlation, message, runs),
-            Responder::Remote { shard, connection } => {
+            Responder::Remote { shard, connection, kind } => {
                 let payload_bytes: usize = runs.iter().map(|run| run.len()).sum();
                 let mut frame = Vec::new();
                 frame::encode(message, 0, correlation, payload_bytes as u32, &mut frame);
                 for run in runs.drain(..) {
                     frame.extend_from_slice(&run);
                 }
-                self.answer_remote(*shard, *connection, frame);
+                self.answer_remote(*shard, *connection, *kind, frame);
             }
         }
     }
@@ -165,9 +170,9 @@ impl Shard {
         }
     }
 
-    fn answer_remote(&self, shard: ShardId, connection: u64, mut frame: Vec<u8>) {
+    fn answer_remote(&self, shard: ShardId, connection: u64, kind: Kind, mut frame: Vec<u8>) {
         frame::set_owner_port(&mut frame, self.ports[usize::from(self.id.0)]);
-        self.mesh.answer(shard, connection, frame);
+        self.mesh.answer(shard, connection, kind, frame);
     }
 
     /// Whether more may be staged. A shard that is read-only stages nothing, and answers at once.
@@ -175,10 +180,23 @@ impl Shard {
         self.store.staged_bytes() < self.limits.staged_bytes_max
     }
 
+    /// Whether a large answer may be made now. Those for other shards are bounded by what the mesh lets under way.
     fn has_room_for(&self, responder: &Responder) -> bool {
         match responder {
             Responder::Local(connection) => connection.has_room(),
             Responder::Remote { .. } => true,
+        }
+    }
+
+    /// Nobody is there to be answered.
+    fn is_over(&self, responder: &Responder) -> bool {
+        matches!(responder, Responder::Local(connection) if connection.is_over())
+    }
+
+    async fn room_for(&self, responder: &Responder) {
+        match responder {
+            Responder::Local(connection) => connection.room().await,
+            Responder::Remote { .. } => {}
         }
     }
 
@@ -196,6 +214,20 @@ impl Shard {
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         // Never backwards: append times of a partition go up even when the host's clock is set back.
         self.clock_ms.set(self.clock_ms.get().max(since_epoch.as_millis() as u64));
+    }
+
+    /// Whether `connection` has the overdraft, now or already.
+    fn claim_overdraft(&self, connection: u64) -> bool {
+        let holder = self.overdraft.get().unwrap_or(connection);
+        self.overdraft.set(Some(holder));
+        holder == connection
+    }
+
+    fn release_overdraft(&self, connection: u64) {
+        if self.overdraft.get() == Some(connection) {
+            self.overdraft.set(None);
+            self.chunks.notify_returned();
+        }
     }
 
     fn disconnected(&self, connection: u64) {

@@ -96,14 +96,7 @@ impl Shard {
                 }
                 return;
             }
-            Err(error) => {
-                let code = match error {
-                    AdmitError::Gap { .. } => ErrorCode::SequenceGap,
-                    AdmitError::Overlap { .. } => ErrorCode::SequenceOverlap,
-                    AdmitError::Fenced { .. } => ErrorCode::ProducerFenced,
-                };
-                return refuse(&responder, code, 0, &error.to_string());
-            }
+            Err(error) => return refuse(&responder, admit_code(&error), 0, &error.to_string()),
         };
         let base_offset = span.next_offset;
         let at_once = hosted.partition.durability == Durability::Memory;
@@ -141,7 +134,12 @@ impl Shard {
         }
         let mut hosted = self.hosted.borrow_mut();
         let hosted = hosted[index as usize].as_mut().expect("the index of a hosted partition");
-        let (epoch, next_sequence) = hosted.partition.producers.open(producer);
+        let (epoch, next_sequence) = match hosted.partition.producers.open(producer) {
+            Ok(opened) => opened,
+            Err(error) => {
+                return self.answer_error(&responder, correlation, admit_code(&error), 0, &error.to_string());
+            }
+        };
         let row = hosted.partition.producers.encode(producer).expect("an open producer has a row");
         let token = Token {
             partition: index,
@@ -163,6 +161,15 @@ impl Shard {
     pub(super) fn answer_deleted(&self, waiting: &WaitingDuplicate) {
         let text = "the partition was deleted";
         self.answer_error(&waiting.responder, waiting.correlation, ErrorCode::UnknownPartition, 0, text);
+    }
+}
+
+/// What a client is told of a batch or a producer that was not admitted.
+fn admit_code(error: &AdmitError) -> ErrorCode {
+    match error {
+        AdmitError::Gap { .. } => ErrorCode::SequenceGap,
+        AdmitError::Overlap { .. } => ErrorCode::SequenceOverlap,
+        AdmitError::Fenced { .. } | AdmitError::LastEpoch { .. } => ErrorCode::ProducerFenced,
     }
 }
 

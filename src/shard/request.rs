@@ -277,7 +277,7 @@ impl Shard {
     pub(super) fn mesh_message(self: &Rc<Self>, from: ShardId, message: MeshMessage) {
         match message {
             MeshMessage::Request { connection, correlation, kind, body, payload } => {
-                let responder = Responder::Remote { shard: from, connection };
+                let responder = Responder::Remote { shard: from, connection, kind };
                 // Forwarded once: a partition that is not here any more is not chased further.
                 let index = match self.partition_of(kind, &body) {
                     Ok(partition) => match self.whereabouts(partition) {
@@ -295,8 +295,8 @@ impl Shard {
                     self.answer_error(&responder, correlation, ErrorCode::MalformedBody, 0, &error.to_string());
                 }
             }
-            MeshMessage::Answer { connection, frame } => {
-                self.mesh.answered(from);
+            MeshMessage::Answer { connection, kind, frame } => {
+                self.mesh.answered(from, kind);
                 // A client that has gone in the meantime needs no answer.
                 if let Some(connection) = self.connections.borrow().get(&connection) {
                     connection.answer_encoded(&frame);

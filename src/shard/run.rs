@@ -190,6 +190,8 @@ impl Shard {
             limits: config.limits,
             store,
             chunks: ChunkPool::new(CHUNK_BYTES, receive_bytes_max, CHUNKS_FREE_MAX),
+            overdraft: Default::default(),
+            relieving: Default::default(),
             counters: Counters::default(),
             image: Default::default(),
             hosted: Default::default(),

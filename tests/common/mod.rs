@@ -30,13 +30,15 @@ pub struct Node {
 pub struct NodeOptions {
     pub data_dir: PathBuf,
     pub shards: u16,
+    /// Port 0: the system chooses, for the shards too.
+    pub listen: SocketAddr,
     /// Environment variables of options, such as `DRAVA_NETWORK_FRAME_TIMEOUT_MS`.
     pub env: Vec<(&'static str, String)>,
 }
 
 impl NodeOptions {
     pub fn new(data_dir: &Path) -> NodeOptions {
-        NodeOptions { data_dir: data_dir.to_owned(), shards: 2, env: Vec::new() }
+        NodeOptions { data_dir: data_dir.to_owned(), shards: 2, listen: SocketAddr::from(([127, 0, 0, 1], 0)), env: Vec::new() }
     }
 
     pub fn with(mut self, variable: &'static str, value: impl ToString) -> NodeOptions {
@@ -49,7 +51,8 @@ impl NodeOptions {
         command
             .args(["node", "--data-dir"])
             .arg(&self.data_dir)
-            .args(["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--shards", &self.shards.to_string()])
+            .args(["--listen", &self.listen.to_string(), "--admin-listen", "127.0.0.1:0"])
+            .args(["--shards", &self.shards.to_string()])
             // Small, so that tests roll, recycle and recover; unpinned, so that they run side by side.
             .env("DRAVA_CORES", "none")
             .env("DRAVA_STORAGE_SEGMENT_BYTES", (8u64 << 20).to_string())
@@ -97,9 +100,19 @@ impl Node {
     }
 
     /// SIGTERM, and the exit status.
-    pub fn stop(mut self) -> ExitStatus {
+    pub fn stop(self) -> ExitStatus {
+        self.terminate();
+        self.wait()
+    }
+
+    /// SIGTERM.
+    pub fn terminate(&self) {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    }
+
+    /// The exit status of a node that was told to stop.
+    pub fn wait(mut self) -> ExitStatus {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
