@@ -101,7 +101,8 @@ fn bytes_that_are_no_frame_are_refused_with_the_reason() {
         change(&mut bytes);
         bytes
     };
-    let announced = |at: usize, bytes: u32| header(&move |frame| frame[at..at + 4].copy_from_slice(&bytes.to_le_bytes()));
+    let announced =
+        |at: usize, bytes: u32| header(&move |frame| frame[at..at + 4].copy_from_slice(&bytes.to_le_bytes()));
     let cases: Vec<(&str, Vec<u8>, ErrorCode)> = vec![
         ("HTTP", b"GET / HTTP/1.1\r\nHost: node\r\n\r\n".to_vec(), ErrorCode::MalformedFrame),
         ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03".to_vec(), ErrorCode::MalformedFrame),
@@ -205,13 +206,8 @@ fn requests(partition: u64) -> Vec<(Kind, Vec<u8>)> {
         (M::KIND, archived(&message))
     }
     let text = "text that is longer than a field".to_owned();
-    let subscribe = Subscribe {
-        partition,
-        consumer: 1,
-        subscription: text.clone(),
-        start: Place::Earliest,
-        take_over: false,
-    };
+    let subscribe =
+        Subscribe { partition, consumer: 1, subscription: text.clone(), start: Place::Earliest, take_over: false };
     vec![
         of(CreateTopic { name: text.clone(), policy: policy(1), exists_ok: true }),
         of(DeleteTopic { name: text.clone() }),
@@ -478,7 +474,8 @@ fn a_subscription_that_starts_beyond_the_end_loses_nothing_that_comes_later() {
 fn a_client_that_says_nothing_is_disconnected_and_a_session_may_be_silent() {
     let dir = tempfile::tempdir().unwrap();
     let options = NodeOptions::new(dir.path());
-    let node = Node::start(&options.with("DRAVA_NETWORK_HELLO_TIMEOUT_MS", 300).with("DRAVA_NETWORK_FRAME_TIMEOUT_MS", 300));
+    let node =
+        Node::start(&options.with("DRAVA_NETWORK_HELLO_TIMEOUT_MS", 300).with("DRAVA_NETWORK_FRAME_TIMEOUT_MS", 300));
     let mut session = node.connect();
     let mut silent: Vec<Wire> = (0..20).map(|_| Wire::raw(node.listen).unwrap()).collect();
     for wire in &mut silent {

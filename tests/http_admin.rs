@@ -9,9 +9,7 @@ use std::net::TcpStream;
 use common::{HttpAnswer, Node, NodeOptions, PATIENCE, batch_of};
 use drava_protocol::ErrorCode;
 use drava_protocol::batch::Seal;
-use drava_protocol::message::{
-    Ack, CloseConsumer, DeleteTopic, Durability, Lookup, Place, Subscribe, TopicPolicy,
-};
+use drava_protocol::message::{Ack, CloseConsumer, DeleteTopic, Durability, Lookup, Place, Subscribe, TopicPolicy};
 use serde_json::{Value, json};
 
 fn create(node: &Node, body: &Value) -> HttpAnswer {
@@ -117,9 +115,7 @@ fn a_topic_made_over_http_is_used_over_the_wire_and_the_other_way_round() {
     let subscribe = Subscribe { partition, consumer: 1, subscription: "billing".to_owned(), start, take_over: false };
     expect!(wire.call(&subscribe).unwrap(), Subscribed);
     expect!(wire.call(&Ack { consumer: 1, offset: 3 }).unwrap(), Done);
-    let state = |index: usize| {
-        node.http("GET", "/v1/topics/http", None).json()["partitions"][index]["state"].clone()
-    };
+    let state = |index: usize| node.http("GET", "/v1/topics/http", None).json()["partitions"][index]["state"].clone();
     assert_eq!((&state(0)["start_offset"], &state(0)["end_offset"]), (&json!(0), &json!(2)));
     assert_eq!(state(1)["end_offset"], 4);
     let subscription = json!([{"name": "billing", "offset": 3, "backlog_messages": 1, "connected": true}]);
@@ -147,7 +143,8 @@ fn what_is_asked_wrongly_is_a_problem_that_says_what() {
     let not_allowed = node.http("DELETE", "/healthz", None);
     assert_eq!(not_allowed.status, 405);
     assert!(not_allowed.headers["allow"].contains("GET"), "{:?}", not_allowed.headers);
-    for body in ["", "{", "[]", "{\"name\":1}", "{\"name\":\"a\",\"more\":1}", "{\"name\":\"a\",\"policy\":{\"x\":1}}"] {
+    for body in ["", "{", "[]", "{\"name\":1}", "{\"name\":\"a\",\"more\":1}", "{\"name\":\"a\",\"policy\":{\"x\":1}}"]
+    {
         assert_problem(&node.http("POST", "/v1/topics", Some(body)), 400, ErrorCode::MalformedBody);
     }
     for name in ["", "a b", "/a", "../a"] {

@@ -21,9 +21,19 @@ const CHANNEL_CAPACITY: usize = 2 * FORWARDS_MAX as usize;
 /// What crosses from core to core. Owned bytes: receive chunks do not leave their core.
 #[derive(Debug)]
 pub enum MeshMessage {
-    Request { connection: u64, correlation: u64, kind: Kind, body: Vec<u8>, payload: Vec<u8> },
+    Request {
+        connection: u64,
+        correlation: u64,
+        kind: Kind,
+        body: Vec<u8>,
+        payload: Vec<u8>,
+    },
     /// The whole frame of the answer to a request of that kind.
-    Answer { connection: u64, kind: Kind, frame: Vec<u8> },
+    Answer {
+        connection: u64,
+        kind: Kind,
+        frame: Vec<u8>,
+    },
 }
 
 /// The ends of all channels of one shard, by peer; its own place is empty. Made before the executors start.
@@ -35,7 +45,8 @@ pub struct MeshEnds {
 /// Channels between each two of `shards` shards.
 pub fn full_mesh(shards: u16) -> Vec<MeshEnds> {
     let count = usize::from(shards);
-    let empty = || MeshEnds { senders: (0..count).map(|_| None).collect(), receivers: (0..count).map(|_| None).collect() };
+    let empty =
+        || MeshEnds { senders: (0..count).map(|_| None).collect(), receivers: (0..count).map(|_| None).collect() };
     let mut ends: Vec<MeshEnds> = (0..count).map(|_| empty()).collect();
     for from in 0..count {
         for to in (0..count).filter(|&to| to != from) {
@@ -67,7 +78,11 @@ impl Mesh {
             .into_iter()
             .map(|sender| {
                 let sender = sender?;
-                let peer = Rc::new(Peer { queue: Queue::new(CHANNEL_CAPACITY), under_way: Cell::new(0), fetches_under_way: Cell::new(0) });
+                let peer = Rc::new(Peer {
+                    queue: Queue::new(CHANNEL_CAPACITY),
+                    under_way: Cell::new(0),
+                    fetches_under_way: Cell::new(0),
+                });
                 let queue = peer.queue.clone();
                 drava_runtime::spawn(async move {
                     let sender = sender.connect().await;

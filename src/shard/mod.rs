@@ -130,7 +130,11 @@ struct Hosted {
 enum Responder {
     Local(Rc<Connection>),
     /// A connection of another shard, which forwarded the request of that kind.
-    Remote { shard: ShardId, connection: u64, kind: Kind },
+    Remote {
+        shard: ShardId,
+        connection: u64,
+        kind: Kind,
+    },
 }
 
 impl Shard {

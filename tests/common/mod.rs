@@ -38,7 +38,12 @@ pub struct NodeOptions {
 
 impl NodeOptions {
     pub fn new(data_dir: &Path) -> NodeOptions {
-        NodeOptions { data_dir: data_dir.to_owned(), shards: 2, listen: SocketAddr::from(([127, 0, 0, 1], 0)), env: Vec::new() }
+        NodeOptions {
+            data_dir: data_dir.to_owned(),
+            shards: 2,
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            env: Vec::new(),
+        }
     }
 
     pub fn with(mut self, variable: &'static str, value: impl ToString) -> NodeOptions {
