@@ -115,7 +115,6 @@ fn exit_codes_say_what_went_wrong() {
         ("produce nothing", 4, "no topic"),
         ("consume nothing", 4, "no topic"),
         ("consume orders --partition 2", 4, "no partition 2"),
-        ("consume orders --from offset:7", 4, "offset"),
         ("topic create white\tspace", 2, "characters"),
         ("produce orders --file /no/such/file", 1, "/no/such/file"),
         ("topic list --server 127.0.0.1:1", 3, "127.0.0.1:1"),

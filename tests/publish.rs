@@ -7,7 +7,7 @@ use drava_protocol::ErrorCode;
 use drava_protocol::batch::Seal;
 use drava_protocol::message::{
     Ack, DeleteTopic, DescribePartition, Durability, Fetch, Flow, Kind, Locate, Lookup, OpenProducer, Place, Publish,
-    Subscribe, TopicPolicy,
+    Seek, Subscribe, TopicPolicy,
 };
 
 fn policy(partitions: u32) -> TopicPolicy {
@@ -278,4 +278,32 @@ fn a_deleted_topic_is_gone_and_its_name_starts_anew() {
     let topic = node.connect().topic("orders", policy(1));
     assert_ne!(topic.partitions[0].partition, first, "partition ids are never used again");
     assert!(node.connect_owner(&topic, 0).read_all(topic.partitions[0].partition, 0).is_empty());
+}
+
+#[test]
+fn a_seek_is_answered_with_its_place_before_anything_from_there_is_delivered() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(&NodeOptions::new(dir.path()));
+    let topic = node.connect().topic("orders", policy(1));
+    let partition = topic.partitions[0].partition;
+    let mut wire = node.connect_owner(&topic, 0);
+    for i in 0..10 {
+        wire.publish(partition, &batch_of(&Seal::default(), &[format!("{i}")]));
+    }
+    let subscription = "billing".to_owned();
+    let subscribe = Subscribe { partition, consumer: 9, subscription, start: Place::Latest, take_over: false };
+    assert_eq!(expect!(wire.call(&subscribe).unwrap(), Subscribed).offset, 10);
+    wire.send(&Flow { consumer: 9, bytes: 1 << 20 }, &[]).unwrap();
+    for (place, offset) in [(Place::Earliest, 0), (Place::Offset(7), 7)] {
+        wire.send(&Seek { consumer: 9, place }, &[]).unwrap();
+        let located = expect!(wire.receive().unwrap(), Located);
+        assert_eq!((located.offset, located.start_offset, located.end_offset), (offset, 0, 10));
+        let mut delivered = Vec::new();
+        while delivered.last() != Some(&9) {
+            let push = wire.receive().unwrap();
+            assert_eq!(push.kind, Kind::Deliver);
+            delivered.extend(common::records_of(&push.payload).into_iter().map(|(offset, _)| offset));
+        }
+        assert_eq!(delivered, (offset..10).collect::<Vec<_>>());
+    }
 }

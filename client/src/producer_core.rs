@@ -383,12 +383,8 @@ mod tests {
 
     #[test]
     fn a_batch_is_sealed_by_count_by_bytes_by_linger_and_by_a_flush() {
-        let config = ProducerConfig {
-            batch_bytes_max: 200,
-            lone_record_batch_bytes_max: 400,
-            linger: 5 * MS,
-            ..config()
-        };
+        let config =
+            ProducerConfig { batch_bytes_max: 200, lone_record_batch_bytes_max: 400, linger: 5 * MS, ..config() };
         let mut core = core(config);
         assert_eq!(push(&mut core, MS, b"a"), Ok(Ticket { batch: 0, index: 0 }));
         assert_eq!(core.deadline(), Some(6 * MS));

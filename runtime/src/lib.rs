@@ -5,12 +5,14 @@
 //! - [`chunk`] has the receive buffers that are shared without a copy.
 //! - [`local`] has the channels between tasks of one executor: no lock, no atomic.
 //! - [`foreign`] has the channels between an executor and ordinary threads.
+//! - [`memory`] tells the allocator to keep what is freed.
 //! - [`net`], [`mod@file`], [`time`] and [`mesh`] are glommio's own.
 
 pub mod chunk;
 pub mod executor;
 pub mod foreign;
 pub mod local;
+pub mod memory;
 pub mod task;
 
 /// TCP on the executor. Pass IP addresses: names would be resolved with blocking DNS.

@@ -120,8 +120,7 @@ mod tests {
         let rows = [(producer_key(9).to_vec(), row), (cursor_key("s"), 42u64.to_le_bytes().to_vec())];
 
         let mut restored = Partition::new(PartitionId(1), name, Durability::Disk);
-        let replayed =
-            Replayed { base_offset: 50, record_count: 3, producer: 9, producer_epoch: 1, base_sequence: 0 };
+        let replayed = Replayed { base_offset: 50, record_count: 3, producer: 9, producer_epoch: 1, base_sequence: 0 };
         restored.restore(rows.iter().map(|(k, v)| (&k[..], &v[..])), [replayed]).unwrap();
         assert_eq!(restored.producers.open(9), Ok((2, 3)));
         let consumer = ConsumerKey { connection: 1, consumer: 1 };

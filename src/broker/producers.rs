@@ -312,8 +312,10 @@ impl Producer {
             bytes.copy_from_slice(&run[at..at + 8]);
             u64::from_le_bytes(bytes)
         };
-        let runs =
-            runs.iter().map(|run| Run { sequence: value(run, 0), offset: value(run, 8), records: value(run, 16) }).collect();
+        let runs = runs
+            .iter()
+            .map(|run| Run { sequence: value(run, 0), offset: value(run, 8), records: value(run, 16) })
+            .collect();
         Some(Producer {
             id,
             generation: 0,
@@ -432,7 +434,11 @@ mod tests {
         }
         assert_eq!(producers.len(), PRODUCERS_MAX);
         let mut gone = Vec::new();
-        producers.collect(|id, row| if row.is_none() { gone.push(id) });
+        producers.collect(|id, row| {
+            if row.is_none() {
+                gone.push(id)
+            }
+        });
         assert_eq!(gone, [1]);
     }
 

@@ -8,7 +8,6 @@ use std::collections::BTreeMap;
 
 use drava_protocol::message::{SUBSCRIPTION_NAME_BYTES_MAX as NAME_BYTES_MAX, SUBSCRIPTIONS_MAX};
 
-
 /// Who consumes: a connection of this shard, and the number that the client chose on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConsumerKey {
@@ -58,7 +57,13 @@ pub struct Attached {
 
 impl Subscriptions {
     /// Attaches a consumer; a new subscription starts at `start`.
-    pub fn attach(&mut self, name: &str, consumer: ConsumerKey, start: u64, take_over: bool) -> Result<Attached, SubscribeError> {
+    pub fn attach(
+        &mut self,
+        name: &str,
+        consumer: ConsumerKey,
+        start: u64,
+        take_over: bool,
+    ) -> Result<Attached, SubscribeError> {
         if name.is_empty() || NAME_BYTES_MAX < name.len() {
             return Err(SubscribeError::Name(name.len()));
         }

@@ -35,6 +35,7 @@ impl NodeCommand {
         for (variable, near) in &loaded.suspects {
             tracing::warn!("the environment variable {variable} is no option; {near} is");
         }
+        drava_runtime::memory::keep_freed_blocks();
         let node = boot::start(&config)?;
         print(announcement(&node))?;
         node.run_until_signal()?;

@@ -145,8 +145,9 @@ fn start_control(
 ) -> Result<(ExecutorHandle<Result<(), String>>, ControlStarted), BootError> {
     let (ready, started) = mpsc::channel();
     let incarnation = &data_dir.format().incarnation;
-    let incarnation = u128::from_str_radix(incarnation, 16)
-        .map_err(|_| BootError::Control(format!("format.json has the incarnation `{incarnation}`, which is no hex number")))?;
+    let incarnation = u128::from_str_radix(incarnation, 16).map_err(|_| {
+        BootError::Control(format!("format.json has the incarnation `{incarnation}`, which is no hex number"))
+    })?;
     let registration = Registration {
         node: config.node_id,
         incarnation,
@@ -203,11 +204,9 @@ async fn run_control(
 impl RunningNode {
     /// Runs until SIGTERM or SIGINT, then drains.
     pub fn run_until_signal(self) -> Result<(), BootError> {
-        let mut signals = signal_hook::iterator::Signals::new([
-            signal_hook::consts::SIGTERM,
-            signal_hook::consts::SIGINT,
-        ])
-        .map_err(BootError::Signals)?;
+        let mut signals =
+            signal_hook::iterator::Signals::new([signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT])
+                .map_err(BootError::Signals)?;
         let signal = signals.forever().next();
         tracing::info!(signal, "draining");
         self.drain()

@@ -651,4 +651,3 @@ fn take(shard: &Rc<Shard>, connection: &Rc<Connection>, frame: &Frame<'_>, paylo
     }
     shard.request(connection, frame, payload);
 }
-

@@ -5,8 +5,8 @@
 //! cursor moves by acks alone, never by what was sent.
 
 use std::cell::Cell;
-use std::rc::Rc;
 use std::future::Future;
+use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -97,7 +97,9 @@ impl Shard {
         let mut runs = Vec::new();
         if self.has_room_for(&responder) {
             match self.store.read_cached(slot, fetch.offset, bytes_max, &mut runs) {
-                Cached::Hit { next_offset } => return self.fetched(slot, &responder, correlation, next_offset, &mut runs),
+                Cached::Hit { next_offset } => {
+                    return self.fetched(slot, &responder, correlation, next_offset, &mut runs);
+                }
                 Cached::AtEnd if fetch.wait.is_zero() => {
                     return self.fetched(slot, &responder, correlation, fetch.offset, &mut runs);
                 }
@@ -172,7 +174,8 @@ impl Shard {
         let mut changed = readers.wait();
         std::future::poll_fn(|cx| {
             let gone = self.hosted.borrow()[index as usize].is_none();
-            if gone || self.is_over(responder) || fetch.offset < self.store.span(slot).end_offset || self.draining.get() {
+            if gone || self.is_over(responder) || fetch.offset < self.store.span(slot).end_offset || self.draining.get()
+            {
                 return Poll::Ready(());
             }
             changed.enter(cx);
@@ -184,7 +187,13 @@ impl Shard {
         .await
     }
 
-    pub(super) fn subscribe(self: &Rc<Self>, index: u32, connection: &Rc<Connection>, correlation: u64, request: Subscribe) {
+    pub(super) fn subscribe(
+        self: &Rc<Self>,
+        index: u32,
+        connection: &Rc<Connection>,
+        correlation: u64,
+        request: Subscribe,
+    ) {
         let shard = self.clone();
         let connection = connection.clone();
         let responder = Responder::Local(connection.clone());
@@ -200,7 +209,14 @@ impl Shard {
         });
     }
 
-    fn attach(self: &Rc<Self>, index: u32, connection: &Rc<Connection>, correlation: u64, request: &Subscribe, start: u64) {
+    fn attach(
+        self: &Rc<Self>,
+        index: u32,
+        connection: &Rc<Connection>,
+        correlation: u64,
+        request: &Subscribe,
+        start: u64,
+    ) {
         let responder = Responder::Local(connection.clone());
         let key = ConsumerKey { connection: connection.id, consumer: request.consumer };
         if connection.is_gone() {

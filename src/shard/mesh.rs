@@ -60,9 +60,19 @@ impl Load {
 /// What crosses from core to core. Owned bytes: receive chunks do not leave their core.
 #[derive(Debug)]
 pub enum MeshMessage {
-    Request { connection: u64, correlation: u64, kind: Kind, body: Vec<u8>, payload: Vec<u8> },
+    Request {
+        connection: u64,
+        correlation: u64,
+        kind: Kind,
+        body: Vec<u8>,
+        payload: Vec<u8>,
+    },
     /// The whole frame of the answer to a request of that load.
-    Answer { connection: u64, load: Load, frame: Vec<u8> },
+    Answer {
+        connection: u64,
+        load: Load,
+        frame: Vec<u8>,
+    },
 }
 
 /// The ends of all channels of one shard, by peer; its own place is empty. Made before the executors start.
@@ -74,7 +84,8 @@ pub struct MeshEnds {
 /// Channels between each two of `shards` shards.
 pub fn full_mesh(shards: u16) -> Vec<MeshEnds> {
     let count = usize::from(shards);
-    let empty = || MeshEnds { senders: (0..count).map(|_| None).collect(), receivers: (0..count).map(|_| None).collect() };
+    let empty =
+        || MeshEnds { senders: (0..count).map(|_| None).collect(), receivers: (0..count).map(|_| None).collect() };
     let mut ends: Vec<MeshEnds> = (0..count).map(|_| empty()).collect();
     for from in 0..count {
         for to in (0..count).filter(|&to| to != from) {

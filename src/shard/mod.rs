@@ -130,7 +130,11 @@ struct Hosted {
 enum Responder {
     Local(Rc<Connection>),
     /// A connection of another shard, which forwarded a request of that load.
-    Remote { shard: ShardId, connection: u64, load: Load },
+    Remote {
+        shard: ShardId,
+        connection: u64,
+        load: Load,
+    },
 }
 
 impl Shard {

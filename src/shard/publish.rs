@@ -29,10 +29,27 @@ pub struct Token {
 
 #[derive(Debug)]
 enum OnDurable {
-    Published { responder: Option<Responder>, correlation: u64, base_offset: u64, producer: Option<(ProducerSlot, u64)> },
-    ProducerOpened { responder: Responder, correlation: u64, opened: ProducerOpened },
-    Done { responder: Responder, correlation: u64 },
-    Sought { responder: Responder, correlation: u64, located: Located, consumer: Rc<Consumer> },
+    Published {
+        responder: Option<Responder>,
+        correlation: u64,
+        base_offset: u64,
+        producer: Option<(ProducerSlot, u64)>,
+    },
+    ProducerOpened {
+        responder: Responder,
+        correlation: u64,
+        opened: ProducerOpened,
+    },
+    Done {
+        responder: Responder,
+        correlation: u64,
+    },
+    Sought {
+        responder: Responder,
+        correlation: u64,
+        located: Located,
+        consumer: Rc<Consumer>,
+    },
 }
 
 /// A repeated batch whose first copy is still in flight: answered when that is durable.
@@ -76,7 +93,8 @@ impl Shard {
         };
         // Unpacked, a batch is no larger than a frame may be: consumers allocate no more than that.
         if self.limits.payload_bytes_max < header.records_bytes {
-            let error = batch::BatchError::TooLarge { said: header.records_bytes, limit: self.limits.payload_bytes_max };
+            let error =
+                batch::BatchError::TooLarge { said: header.records_bytes, limit: self.limits.payload_bytes_max };
             return refuse(&responder, error.code(), 0, &error.to_string());
         }
         let mut hosted = self.hosted.borrow_mut();

@@ -6,8 +6,8 @@ use std::time::Duration;
 use drava_protocol::frame::{self, Frame};
 use drava_protocol::message::{
     self, Ack, BodyError, CloseConsumer, CreateTopic, DeleteSubscription, DeleteTopic, DescribePartition, Fetch, Flow,
-    Hello, Kind, ListTopics, Locate, Lookup, OpenProducer, PartitionPlace, Ping, Pong, Publish, Seek, Subscribe, Topics,
-    Welcome,
+    Hello, Kind, ListTopics, Locate, Lookup, OpenProducer, PartitionPlace, Ping, Pong, Publish, Seek, Subscribe,
+    Topics, Welcome,
 };
 use drava_protocol::topic::TopicName;
 use drava_protocol::{ErrorCode, PartitionId, ShardId};
@@ -76,7 +76,12 @@ impl Shard {
     }
 
     /// Takes one request of an open session.
-    pub(super) fn request(self: &Rc<Self>, connection: &Rc<Connection>, frame: &Frame<'_>, payload: impl FnOnce() -> Slice) {
+    pub(super) fn request(
+        self: &Rc<Self>,
+        connection: &Rc<Connection>,
+        frame: &Frame<'_>,
+        payload: impl FnOnce() -> Slice,
+    ) {
         if let Err(error) = self.dispatch(connection, frame, payload) {
             connection.answer_error(frame.header.correlation, ErrorCode::MalformedBody, 0, &error.to_string());
         }
@@ -192,7 +197,12 @@ impl Shard {
         Ok(())
     }
 
-    fn local_or_forward(self: &Rc<Self>, connection: &Rc<Connection>, frame: &Frame<'_>, partition: u64) -> Result<(), BodyError> {
+    fn local_or_forward(
+        self: &Rc<Self>,
+        connection: &Rc<Connection>,
+        frame: &Frame<'_>,
+        partition: u64,
+    ) -> Result<(), BodyError> {
         match self.whereabouts(partition) {
             Whereabouts::Here(index) => {
                 let responder = Responder::Local(connection.clone());
@@ -356,7 +366,9 @@ impl Shard {
         let image = self.image.borrow();
         match image.topics.get(&name) {
             Some(topic) => connection.answer(correlation, &self.topic_message(topic)),
-            None => connection.answer_error(correlation, ErrorCode::UnknownTopic, 0, &format!("there is no topic {name}")),
+            None => {
+                connection.answer_error(correlation, ErrorCode::UnknownTopic, 0, &format!("there is no topic {name}"))
+            }
         }
     }
 

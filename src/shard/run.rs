@@ -261,10 +261,12 @@ impl Shard {
             cache_bytes: (policy.cache_bytes != 0).then_some(policy.cache_bytes),
         };
         let index = self.by_id.borrow().get(&id.0).copied();
-        if let Some(hosted) = index.and_then(|index| self.hosted.borrow_mut()[index as usize].as_mut().map(|h| {
-            h.partition.durability = policy.durability;
-            h.slot
-        })) {
+        if let Some(hosted) = index.and_then(|index| {
+            self.hosted.borrow_mut()[index as usize].as_mut().map(|h| {
+                h.partition.durability = policy.durability;
+                h.slot
+            })
+        }) {
             debug_assert_eq!(self.store.open_partition(id, limits), hosted, "a partition keeps its slot");
             return;
         }
