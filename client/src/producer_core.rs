@@ -399,6 +399,8 @@ mod tests {
         assert_eq!(acks(&mut core, 0, 0), [(0, Some(0))]);
         core.flush();
         assert_eq!(sends(&mut core, 8 * MS), [(3, 104)]);
+        assert_eq!(acks(&mut core, 1, 1), [(1, Some(1))]);
+        assert_eq!(acks(&mut core, 2, 3), [(2, Some(3))]);
         assert_eq!(push(&mut core, 8 * MS, b"d"), Ok(Ticket { batch: 4, index: 0 }));
         assert_eq!(push(&mut core, 8 * MS, &[0; 320]), Ok(Ticket { batch: 5, index: 0 }), "a batch of its own");
         assert_eq!(sends(&mut core, 8 * MS), [(4, 105), (5, 106)], "it waits for no company");
