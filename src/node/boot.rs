@@ -17,6 +17,7 @@ use drava_raft::Registration;
 use drava_runtime::foreign::{self, Inbox, InboxSender};
 use drava_runtime::{Executor, ExecutorConfig, ExecutorHandle};
 use drava_storage::{IndexDb, StoreConfig};
+use signal_hook::iterator::Signals;
 
 use super::data_dir::DataDir;
 use super::ports::{Held, Ports};
@@ -62,6 +63,7 @@ pub struct RunningNode {
     pub took: Duration,
     control: InboxSender<ControlRequest>,
     drain_timeout: Duration,
+    signals: Signals,
     executors: Vec<ExecutorHandle<()>>,
     control_executor: ExecutorHandle<Result<(), String>>,
     /// Locks the directory while the node runs.
@@ -119,6 +121,9 @@ pub fn start(config: &NodeConfig) -> Result<RunningNode, BootError> {
     }
     recovered.sort_by_key(|found| found.shard);
 
+    // Before anybody is served: from then on a node that is told to stop drains first.
+    let signals =
+        Signals::new([signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT]).map_err(BootError::Signals)?;
     let (control_executor, control_started) =
         start_control(config, &data_dir, &ports, held, control_inbox, shard_senders)?;
     data_dir.write_ports(&ports)?;
@@ -129,6 +134,7 @@ pub fn start(config: &NodeConfig) -> Result<RunningNode, BootError> {
         took: began.elapsed(),
         control,
         drain_timeout: config.drain_timeout(),
+        signals,
         executors,
         control_executor,
         _data_dir: data_dir,
@@ -203,11 +209,8 @@ async fn run_control(
 
 impl RunningNode {
     /// Runs until SIGTERM or SIGINT, then drains.
-    pub fn run_until_signal(self) -> Result<(), BootError> {
-        let mut signals =
-            signal_hook::iterator::Signals::new([signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT])
-                .map_err(BootError::Signals)?;
-        let signal = signals.forever().next();
+    pub fn run_until_signal(mut self) -> Result<(), BootError> {
+        let signal = self.signals.forever().next();
         tracing::info!(signal, "draining");
         self.drain()
     }
