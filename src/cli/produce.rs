@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use clap::{Args, ValueEnum};
-use drava_client::{Client, Compression, Producer, Record};
+use drava_client::{Compression, Producer, Record};
 use indicatif::{ProgressBar, ProgressStyle};
 use memchr::memmem::Finder;
 use serde_json::json;
@@ -31,8 +31,6 @@ const BLOCK_BYTES: usize = 1 << 20;
 const BLOCKS_MAX: usize = 4;
 /// No line is longer: no node takes larger batches.
 const LINE_BYTES_MAX: usize = 64 << 20;
-/// What a batch of one record has beside its key and payload, at most.
-const RECORD_OVERHEAD_BYTES: usize = 128;
 /// Batches of a partition on their way.
 const WINDOW_BATCHES: usize = 32;
 
@@ -52,7 +50,7 @@ pub struct ProduceCommand {
     /// What is before the first of these in a line is its key; a line without one has no key.
     #[arg(long, value_parser = quantity::separator, value_name = "TEXT")]
     key_separator: Option<Separator>,
-    /// The largest batch of several lines.
+    /// The largest batch; a longer line has a batch of its own.
     #[arg(long, default_value = "256KiB", value_parser = quantity::bytes, value_name = "SIZE")]
     batch_bytes: u64,
     /// How long a line may wait for others to share its batch.
@@ -114,11 +112,19 @@ impl ProduceCommand {
         if self.create {
             topic::ensure(&client, &self.topic, self.partitions).await?;
         }
-        let producer = self.producer(&client, usize::try_from(self.batch_bytes).unwrap_or(usize::MAX)).await?;
+        let batch_bytes = usize::try_from(self.batch_bytes).unwrap_or(usize::MAX);
+        let producer = client
+            .producer(&self.topic)
+            .batch_bytes(batch_bytes)
+            .linger(Duration::from_millis(self.linger_ms))
+            .window(batch_bytes.saturating_mul(WINDOW_BATCHES), WINDOW_BATCHES)
+            .compression(self.compression.into())
+            .build()
+            .await?;
         let progress = self.progress(input_bytes);
         let began = Instant::now();
         let mut totals = Totals::default();
-        let sent = self.send(&client, &producer, input, &mut totals, &progress).await;
+        let sent = self.send(&producer, input, &mut totals, &progress).await;
         // Whatever stopped the reading: what was taken before is to be stored.
         let flushed = producer.flush().await.map_err(Failure::from);
         progress.finish_and_clear();
@@ -139,20 +145,8 @@ impl ProduceCommand {
         Ok((Box::new(file), size_bytes))
     }
 
-    /// Batches are lowered to what the node takes.
-    async fn producer(&self, client: &Client, batch_bytes: usize) -> Result<Producer, Failure> {
-        let builder = client
-            .producer(&self.topic)
-            .batch_bytes(batch_bytes)
-            .linger(Duration::from_millis(self.linger_ms))
-            .window(batch_bytes.saturating_mul(WINDOW_BATCHES), WINDOW_BATCHES)
-            .compression(self.compression.into());
-        Ok(builder.build().await?)
-    }
-
     async fn send(
         &self,
-        client: &Client,
         producer: &Producer,
         input: Box<dyn Read + Send>,
         totals: &mut Totals,
@@ -166,20 +160,16 @@ impl ProduceCommand {
         // With this much taken at once the connection gets its turn, so that sending and reading overlap.
         let turn_bytes = self.batch_bytes.min(BLOCK_BYTES as u64) as usize;
         let mut taken_bytes = 0;
-        let mut large = None;
         while let Some(block) = received.recv().await {
             let mut block = block.map_err(|error| Failure::io("the input", &error))?;
             progress.inc(block.len() as u64);
             while let Some(line) = next_line(&mut block, &delimiter) {
                 let record = record(line, key_separator.as_ref());
                 let size = record.payload.len() + record.key.as_ref().map_or(0, Bytes::len);
-                let sent = if size + RECORD_OVERHEAD_BYTES <= self.batch_bytes as usize {
-                    producer.enqueue(record).await.map(drop).map_err(Failure::from)
-                } else {
-                    self.send_large(client, producer, &mut large, record).await
-                };
-                sent.map_err(|failure| {
-                    Failure::new(failure.exit, format!("message {}: {}", totals.messages + 1, failure.text))
+                let place = totals.messages;
+                producer.enqueue(record).await.map(drop).map_err(|error| {
+                    let failure = Failure::from(error);
+                    Failure::new(failure.exit, format!("message {}: {}", place + 1, failure.text))
                 })?;
                 totals.messages += 1;
                 totals.bytes += size as u64;
@@ -190,23 +180,6 @@ impl ProduceCommand {
                 }
             }
         }
-        Ok(())
-    }
-
-    /// A line that fills more than a batch has one of its own, between what was before it and what comes after.
-    async fn send_large(
-        &self,
-        client: &Client,
-        producer: &Producer,
-        large: &mut Option<Producer>,
-        record: Record,
-    ) -> Result<(), Failure> {
-        producer.flush().await?;
-        let large = match large {
-            Some(large) => large,
-            None => large.insert(self.producer(client, LINE_BYTES_MAX).await?),
-        };
-        large.send(record).await?;
         Ok(())
     }
 
