@@ -58,6 +58,12 @@ enum Command {
     },
     /// Measure the limits, then the standard workloads on fresh nodes, each beside its limit
     Suite(SuiteOptions),
+    /// Print the rows of a suite as a Markdown table
+    Markdown {
+        /// What `suite --json` wrote
+        #[arg(value_name = "FILE.json")]
+        rows: PathBuf,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -104,6 +110,7 @@ pub fn main() -> ExitCode {
         Command::Mixed(command) => run(Kind::Mixed, &command),
         Command::Compare { before, after } => compare_files(&before, &after),
         Command::Suite(options) => run_suite(&options),
+        Command::Markdown { rows } => print_markdown(&rows),
     };
     result.unwrap_or_else(|error| {
         let mut text = error.to_string();
@@ -166,6 +173,12 @@ fn run_suite(options: &SuiteOptions) -> CommandResult {
     }
     let all_met = rows.iter().all(|row| row.met != Some(false));
     Ok(if all_met { ExitCode::SUCCESS } else { ExitCode::from(EXIT_FINDINGS) })
+}
+
+fn print_markdown(rows: &Path) -> CommandResult {
+    let rows: Vec<suite::Row> = read_json(rows)?;
+    print!("{}", table::markdown(&rows));
+    Ok(ExitCode::SUCCESS)
 }
 
 fn write_json(path: &Path, value: &impl Serialize) -> Result<(), FileError> {

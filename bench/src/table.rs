@@ -186,3 +186,24 @@ pub fn rows(rows: &[Row]) -> String {
     table.set_content_arrangement(comfy_table::ContentArrangement::Dynamic);
     table.to_string()
 }
+
+/// The rows as a Markdown table, with the machine below it.
+pub fn markdown(rows: &[Row]) -> String {
+    let mut text =
+        String::from("| id | what | measured | limit | ratio | target | met |\n|---|---|--:|--:|--:|---|---|\n");
+    for row in rows {
+        let ratio = row.ratio.map_or("–".to_owned(), |ratio| format!("{ratio:.2}"));
+        let met = match row.met {
+            Some(true) => "yes",
+            Some(false) => "**no**",
+            None => "–",
+        };
+        let (id, what) = (&row.id, &row.what);
+        let (value, limit, target) = (row.show_value(), row.show_limit(), &row.target);
+        text.push_str(&format!("| {id} | {what} | {value} | {limit} | {ratio} | {target} | {met} |\n"));
+    }
+    if let Some(row) = rows.first() {
+        text.push_str(&format!("\nOn {}, commit {}.\n", row.machine.show(), row.commit));
+    }
+    text
+}

@@ -30,6 +30,9 @@ const RETRY: Duration = Duration::from_millis(500);
 const FILL_BYTES: usize = 1 << 20;
 /// Dead segments kept for the next burst, beside the spares; the room of others goes back to the file system.
 const DEAD_KEPT: usize = 4;
+/// The same while the journal is being written. Retention lets many segments die at once; those that were unlinked then
+/// would be made anew a moment later, and new ones are several times slower to write.
+const DEAD_KEPT_BUSY: usize = 32;
 
 #[derive(Clone, Debug)]
 pub(crate) struct JournalConfig {
@@ -487,7 +490,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
         let odd = state.segments.iter().position(|segment| {
             segment.as_ref().is_some_and(|s| state.is_dead(s) && s.bytes != self.config.segment_bytes)
         });
-        let many = self.config.segments_spare + DEAD_KEPT < state.segments.iter().filter(dead).count();
+        let kept = if self.is_quiet() { DEAD_KEPT } else { DEAD_KEPT_BUSY };
+        let many = self.config.segments_spare + kept < state.segments.iter().filter(dead).count();
         let found = odd.or_else(|| state.segments.iter().rposition(|s| dead(&s)).filter(|_| many));
         found.map(|index| SegmentId(index as u32))
     }
