@@ -20,7 +20,7 @@ use crate::store::{FlushError, FlushSink, Inner};
 /// An index batch goes out when it has this many extents,
 const INDEX_EXTENTS_MIN: usize = 1024;
 /// or the journal grew by this much,
-const INDEX_BYTES_MIN: u64 = 8 << 20;
+const INDEX_BYTES_MIN: u64 = 32 << 20;
 /// or at the next round of housekeeping.
 pub(crate) const HOUSEKEEPING: Duration = Duration::from_millis(500);
 /// The index is made durable after this long, if anything changed, so that dead segments can be used again.

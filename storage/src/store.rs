@@ -63,7 +63,7 @@ impl Default for StoreConfig {
             segment_bytes: 64 << 20,
             segments_spare: 2,
             block_bytes_max: 1 << 20,
-            flush_bytes_min: 256 << 10,
+            flush_bytes_min: 1 << 20,
             flushes_in_flight_max: 4,
             cache_bytes: 128 << 20,
             read_ahead_bytes: 4 << 20,
