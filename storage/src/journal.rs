@@ -28,6 +28,8 @@ const QUIET: Duration = Duration::from_millis(200);
 /// How long to wait before trying again to make a segment on a full or failing disk.
 const RETRY: Duration = Duration::from_millis(500);
 const FILL_BYTES: usize = 1 << 20;
+/// Longer writes are told at debug level: what an operator looks for who sees late acknowledgements.
+const SLOW_WRITE: Duration = Duration::from_millis(20);
 /// Dead segments kept for the next burst, beside the spares; the room of others goes back to the file system.
 const DEAD_KEPT: usize = 4;
 /// The same while the journal is being written. Retention lets many segments die at once; those that were unlinked then
@@ -267,6 +269,16 @@ impl<I: Io, P: 'static> Journal<I, P> {
         // Absent when a write before it failed and all were given up.
         if let Some(entry) = entry {
             entry.completed.took = now.saturating_sub(entry.started);
+            if SLOW_WRITE < entry.completed.took {
+                let Completed { placement, block_bytes, took, .. } = &entry.completed;
+                tracing::debug!(
+                    shard = self.config.shard.0,
+                    segment = placement.segment.0,
+                    block_bytes,
+                    ?took,
+                    "a slow write"
+                );
+            }
             entry.result = Some(result);
         }
         drop(state);
@@ -527,6 +539,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
             state.recycled += u64::from(dead.is_some());
             dead.or_else(spare).map(|index| SegmentId(index as u32))
         };
+        tracing::debug!(shard = self.config.shard.0, ?found, "making the next segment ready");
         let id = match found {
             Some(id) => id,
             None => match self.create().await? {
@@ -554,6 +567,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
         state.prepared = Some(id);
         state.full = false;
         drop(state);
+        tracing::debug!(shard = self.config.shard.0, segment = id.0, "the next segment is ready");
         self.woken.notify();
         Ok(())
     }
