@@ -472,7 +472,7 @@ impl Suite {
         let highest = self.publish_batch()?.published.map_or(0.0, |published| published.messages_per_s);
         let running = self.start(1)?;
         // The window is no limit here: what is due is sent. Warmed up until retention recycles segments, as on a node that
-        // has run for a while: writes to new ones wait for the file system's journal now and then.
+        // has run for a while.
         let warm_up = if self.quick { 0.3 } else { 8.0 };
         let options = LoadOptions { rate: Some(highest / 2.0), in_flight: 1024, warm_up, ..self.load(&running) };
         let outcome = self.drive(Kind::Produce, &options)?;
