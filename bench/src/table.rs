@@ -81,11 +81,14 @@ pub fn limits(limits: &Limits) -> String {
     }
     let read = format!("{:.0}", limits.read_mib_per_s);
     table.add_row(["sequential read, 1 MiB, 4 in flight".to_owned(), read]);
-    for bare in [&limits.bare_frames, &limits.bare_singles] {
+    for bare in [&limits.bare_frames, &limits.bare_half, &limits.bare_singles] {
         let [p50, p99, p99_9] = quantiles(&bare.latency);
-        let (connections, in_flight) = (bare.connections, bare.in_flight);
+        let shape = match bare.paced {
+            true => "by the clock".to_owned(),
+            false => format!("{} × {} in flight", bare.connections, bare.in_flight),
+        };
         table.add_row([
-            format!("bare path, {} KiB ({connections} × {in_flight} in flight)", bare.payload_bytes >> 10),
+            format!("bare path, {} KiB ({shape})", bare.payload_bytes >> 10),
             format!("{:.0}", bare.mib_per_s),
             format!("{:.0}", bare.frames_per_s),
             p50,

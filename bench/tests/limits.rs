@@ -8,7 +8,7 @@ fn a_quick_look_measures_every_limit() {
     // Under the target directory: the system's temporary directory may be no disk.
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let limits = limits::run(&LimitsConfig::new(dir.path().to_owned(), true), |_| {}).unwrap();
-    let bares = [limits.bare_frames, limits.bare_singles];
+    let bares = [limits.bare_frames, limits.bare_half, limits.bare_singles];
     let rates = [limits.loopback.mib_per_s, limits.sender.mib_per_s, limits.read_mib_per_s];
     for figure in rates.into_iter().chain(bares.iter().map(|bare| bare.mib_per_s)) {
         assert!(0.0 < figure && figure.is_finite(), "{limits:?}");

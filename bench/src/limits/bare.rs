@@ -16,7 +16,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::task::Poll;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use drava_runtime::Executor;
 use drava_runtime::file::{DmaBuffer, DmaFile};
@@ -45,10 +45,16 @@ pub struct Shape {
     pub payload_bytes: usize,
     pub connections: usize,
     pub in_flight: usize,
+    /// Frames a second on all connections, each with its latency from when it was due. `None`: as fast as they go.
+    pub rate: Option<f64>,
 }
 
-pub const FRAMES: Shape = Shape { payload_bytes: 64 << 10, connections: 4, in_flight: 16 };
-pub const SINGLES: Shape = Shape { payload_bytes: 1 << 10, connections: 32, in_flight: 128 };
+pub const FRAMES: Shape = Shape { payload_bytes: 64 << 10, connections: 4, in_flight: 16, rate: None };
+pub const SINGLES: Shape = Shape { payload_bytes: 1 << 10, connections: 32, in_flight: 128, rate: None };
+/// Frames that may be under way when they are sent by the clock: no limit to speak of.
+const PACED_IN_FLIGHT: usize = 128;
+/// Frames that lie prepared in the memory of a connection.
+const RING_FRAMES_MAX: usize = 128;
 const WRITES_IN_FLIGHT: [usize; 3] = [1, 2, 4];
 
 /// Tries how many writes at once are best in short runs, then measures with that.
@@ -63,6 +69,12 @@ pub fn best(segment: &Path, segment_bytes: u64, shape: &Shape, stretch: Stretch)
     }
     let writes_in_flight = best.expect("at least one was tried").writes_in_flight;
     run(segment, segment_bytes, shape, writes_in_flight, stretch)
+}
+
+/// Frames by the clock at half the rate of `full`: what the machine's own hiccups do to the tail of latencies.
+pub fn half(segment: &Path, segment_bytes: u64, full: &Bare, stretch: Stretch) -> Result<Bare, LimitsError> {
+    let shape = Shape { in_flight: PACED_IN_FLIGHT, rate: Some(full.frames_per_s / 2.0), ..FRAMES };
+    run(segment, segment_bytes, &shape, full.writes_in_flight, stretch)
 }
 
 pub fn run(
@@ -92,6 +104,7 @@ pub fn run(
         payload_bytes: shape.payload_bytes,
         connections: shape.connections,
         in_flight: shape.in_flight,
+        paced: shape.rate.is_some(),
         writes_in_flight,
         mib_per_s: measured.mib_per_s(),
         frames_per_s: measured.messages_per_s(),
@@ -363,8 +376,8 @@ async fn acknowledge(journal: &Journal, streams: &[Connection], acks: &mut [Vec<
     Ok(())
 }
 
-/// Keeps `in_flight` frames under way. The frames lie prepared in a ring, in the order of sending, so that what may be
-/// sent is one run of bytes; only their numbers are written anew.
+/// Keeps `in_flight` frames under way, or sends them by the clock. Frames lie prepared in a ring, in the order of sending,
+/// so that what may be sent is one run of bytes; only their numbers are written anew.
 async fn client(
     mut stream: TcpStream,
     shape: Shape,
@@ -376,13 +389,16 @@ async fn client(
     let crc = crc32c::crc32c(&frame[HEADER_BYTES..]);
     frame[4..8].copy_from_slice(&crc.to_le_bytes());
     frame[8..12].copy_from_slice(&(shape.payload_bytes as u32).to_le_bytes());
-    let mut ring = frame.repeat(shape.in_flight);
-    let mut sent_at = vec![Instant::now(); shape.in_flight];
+    let ring_frames = shape.in_flight.min(RING_FRAMES_MAX);
+    let mut ring = frame.repeat(ring_frames);
+    let ring_bytes = ring.len() as u64;
+    let mut clock = shape.rate.map(|rate| FrameClock::new(rate / shape.connections as f64));
+    // When each frame under way was sent, or was due.
+    let mut sent_at = VecDeque::with_capacity(shape.in_flight);
     let mut latency = Latency::default();
     let mut measuring = false;
     // In frames: numbered, acknowledged. In bytes: handed to the socket.
     let (mut numbered, mut acked, mut sent) = (0u64, 0u64, 0u64);
-    let ring_bytes = ring.len() as u64;
     let mut answers = [0; 4096];
     let mut answers_filled = 0;
     loop {
@@ -392,27 +408,38 @@ async fn client(
             measuring = true;
             latency.reset();
         }
-        if phase != Phase::Stopping && numbered < acked + shape.in_flight as u64 {
-            let now = Instant::now();
-            while numbered < acked + shape.in_flight as u64 {
-                let slot = (numbered % shape.in_flight as u64) as usize;
-                ring[slot * frame_bytes..][..4].copy_from_slice(&(numbered as u32).to_le_bytes());
-                sent_at[slot] = now;
-                numbered += 1;
-            }
+        let now = Instant::now();
+        let end = (acked + shape.in_flight as u64).min(sent / frame_bytes as u64 + ring_frames as u64);
+        while phase != Phase::Stopping && numbered < end {
+            let at = match &mut clock {
+                None => now,
+                Some(clock) => match clock.take_due(now) {
+                    Some(due) => due,
+                    None => break,
+                },
+            };
+            let slot = (numbered % ring_frames as u64) as usize;
+            ring[slot * frame_bytes..][..4].copy_from_slice(&(numbered as u32).to_le_bytes());
+            sent_at.push_back(at);
+            numbered += 1;
         }
         if phase == Phase::Stopping && acked == numbered {
             break;
         }
-        // Send what is there, then hear what came; wait only when neither goes on.
-        let received = poll_fn(|cx| {
+        // Send what is there, then hear what came; wait when neither goes on, at most until the next frame is due.
+        let is_blocked = Cell::new(false);
+        let turn = poll_fn(|cx| {
             let end = numbered * frame_bytes as u64;
+            is_blocked.set(false);
             while sent < end {
                 let from = (sent % ring_bytes) as usize;
                 let bytes = (end - sent).min(ring_bytes - from as u64) as usize;
                 match Pin::new(&mut stream).poll_write(cx, &ring[from..from + bytes])? {
                     Poll::Ready(written) => sent += written as u64,
-                    Poll::Pending => break,
+                    Poll::Pending => {
+                        is_blocked.set(true);
+                        break;
+                    }
                 }
             }
             match Pin::new(&mut stream).poll_read(cx, &mut answers[answers_filled..])? {
@@ -420,17 +447,27 @@ async fn client(
                 Poll::Ready(bytes) => Poll::Ready(Ok(bytes)),
                 Poll::Pending => Poll::Pending,
             }
-        })
-        .await?;
+        });
+        let due = async {
+            match clock.as_ref().filter(|_| phase != Phase::Stopping && numbered < end) {
+                // A full socket is tried again when it has room for more than crumbs.
+                Some(clock) if !is_blocked.get() => {
+                    drava_runtime::time::sleep(clock.due.saturating_duration_since(now)).await;
+                    Ok(0)
+                }
+                _ => std::future::pending().await,
+            }
+        };
+        let received = futures_lite::future::or(turn, due).await?;
         answers_filled += received;
         let now = Instant::now();
         let count = answers_filled / ACK_BYTES;
         for answer in answers[..count * ACK_BYTES].chunks_exact(ACK_BYTES) {
             let number = u32::from_le_bytes([answer[0], answer[1], answer[2], answer[3]]);
-            if number != acked as u32 {
+            let (true, Some(at)) = (number == acked as u32, sent_at.pop_front()) else {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, "acknowledged out of order"));
-            }
-            latency.record(now - sent_at[(acked % shape.in_flight as u64) as usize]);
+            };
+            latency.record(now - at);
             acked += 1;
         }
         answers.copy_within(count * ACK_BYTES..answers_filled, 0);
@@ -441,6 +478,27 @@ async fn client(
     Ok(())
 }
 
+/// When frames are due.
+struct FrameClock {
+    due: Instant,
+    period: Duration,
+}
+
+impl FrameClock {
+    fn new(frames_per_s: f64) -> FrameClock {
+        FrameClock { due: Instant::now(), period: Duration::from_secs_f64(1.0 / frames_per_s) }
+    }
+
+    fn take_due(&mut self, now: Instant) -> Option<Instant> {
+        let due = self.due;
+        (due <= now).then(|| {
+            self.due = due + self.period;
+            due
+        })
+    }
+}
+
 fn u32_at(bytes: &[u8; HEADER_BYTES], position: usize) -> u32 {
     u32::from_le_bytes([bytes[position], bytes[position + 1], bytes[position + 2], bytes[position + 3]])
 }
+

@@ -59,6 +59,8 @@ pub struct Limits {
     pub read_mib_per_s: f64,
     /// 4 connections, 64 KiB frames.
     pub bare_frames: Bare,
+    /// The same at half of that rate, by the clock.
+    pub bare_half: Bare,
     /// 32 connections, 1 KiB frames, 128 in flight on each.
     pub bare_singles: Bare,
     /// A server that sends from memory to a client that only receives.
@@ -91,6 +93,8 @@ pub struct Bare {
     pub connections: usize,
     /// On each connection.
     pub in_flight: usize,
+    /// Frames were sent by the clock; `latency` counts from when each was due.
+    pub paced: bool,
     /// Writes that may be under way at once: the best of those tried.
     pub writes_in_flight: usize,
     pub mib_per_s: f64,
@@ -139,13 +143,15 @@ pub fn run(config: &LimitsConfig, mut step: impl FnMut(&str)) -> Result<Limits, 
     }
     step("the bare path in frames of 64 KiB");
     let bare_frames = bare::best(&segment, config.segment_bytes, &bare::FRAMES, config.stretch)?;
+    step("the bare path at half of its rate");
+    let bare_half = bare::half(&segment, config.segment_bytes, &bare_frames, config.stretch)?;
     step("the bare path in single messages of 1 KiB");
     let bare_singles = bare::best(&segment, config.segment_bytes, &bare::SINGLES, config.stretch)?;
     step("sequential reads");
     let read_file = scratch.path().join("read");
     disk::prepare(&read_file, config.read_bytes)?;
     let read_mib_per_s = disk::sequential_read(&read_file, config.read_bytes, config.stretch)?;
-    Ok(Limits { loopback, round_trip, writes, read_mib_per_s, bare_frames, bare_singles, sender })
+    Ok(Limits { loopback, round_trip, writes, read_mib_per_s, bare_frames, bare_half, bare_singles, sender })
 }
 
 impl Limits {

@@ -164,8 +164,11 @@ impl Producer {
                 let unanswered = u64::from(in_flight) * messages;
                 return if self.shared.has_failed() { Ok(()) } else { Err(ProduceError::Unanswered { unanswered }) };
             }
+            // What is overdue waits for the socket or for an answer and not for the clock: a timer that is over at once would
+            // keep the executor from looking at either.
+            let can_send = connection.session().0.has_room() && connection.unsent_bytes() < UNSENT_BYTES_MAX;
             let due = match &schedule {
-                Some(schedule) if !stopping && connection.session().0.has_room() => schedule.wait(clock_ns()),
+                Some(schedule) if !stopping && can_send => schedule.wait(clock_ns()),
                 Some(_) | None => LOOK_EVERY,
             };
             turn_or(&mut connection, due.min(LOOK_EVERY)).await?;

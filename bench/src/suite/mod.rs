@@ -476,13 +476,17 @@ impl Suite {
         let warm_up = if self.quick { 0.3 } else { 8.0 };
         let options = LoadOptions { rate: Some(highest / 2.0), in_flight: 1024, warm_up, ..self.load(&running) };
         let outcome = self.drive(Kind::Produce, &options)?;
+        let bare = self.limits.bare_half;
         let us = |pick: fn(&crate::latency::Quantiles) -> f64| show_us(published_us(&outcome, pick));
         let note = format!(
-            "p50 {}, p99.9 {}, max {}; {:.0} MiB/s",
+            "p50 {}, p99.9 {}, max {}; {:.0} MiB/s; the bare path at half of its rate: p50 {}, p99 {}, max {}",
             us(|latency| latency.p50_us),
             us(|latency| latency.p99_9_us),
             us(|latency| latency.max_us),
-            rate(&outcome)
+            rate(&outcome),
+            show_us(bare.latency.p50_us),
+            show_us(bare.latency.p99_us),
+            show_us(bare.latency.max_us),
         );
         let limit = self.limits.write(64 << 10).latency.p99_us + self.limits.round_trip.p99_us;
         self.judge(Judged {
