@@ -22,7 +22,7 @@ pub mod budget;
 mod cache;
 pub mod dump;
 mod flush;
-mod index;
+pub mod index;
 pub mod io;
 mod journal;
 mod ledger;
