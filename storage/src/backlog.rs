@@ -13,14 +13,14 @@ use std::time::Duration;
 use drava_protocol::PartitionId;
 use drava_runtime::local::Broadcast;
 
-use crate::block::{self, EXTENT_HEADER_BYTES, ExtentKind};
+use crate::block::{self, EXTENT_HEADER_BYTES};
 use crate::index::ExtentRow;
 use crate::io::{ALIGNMENT, File, Io};
 use crate::store::{Inner, ReadError, Run};
 
 const CHUNK_BYTES_MAX: u64 = 1 << 20;
 /// Extents this far apart are still fetched with one read.
-const GAP_BYTES_MAX: u64 = 32 << 10;
+pub(crate) const GAP_BYTES_MAX: u64 = 32 << 10;
 const WINDOW_BYTES_MIN: u64 = 256 << 10;
 /// The budget of all streams, in read-ahead windows.
 const WINDOWS: u64 = 4;
@@ -67,6 +67,8 @@ enum ChunkState {
     Reading,
     Ready { memory: Rc<dyn AsRef<[u8]>>, pieces: Vec<Piece> },
     Failed(ReadError),
+    /// The messages lie somewhere else by now: the index knows where.
+    Moved,
 }
 
 /// Good batches side by side in a chunk's memory.
@@ -103,6 +105,13 @@ impl Backlog {
     /// Forgets streams that nobody reads.
     pub(crate) fn expire(&self, now: Duration) {
         self.streams.borrow_mut().retain(|stream| now < stream.used_at.get() + STREAM_IDLE);
+    }
+
+    /// Extents of this partition were moved: what was planned and is not being read yet is asked again.
+    pub(crate) fn forget_rows(&self, partition_index: u32) {
+        for stream in self.streams.borrow().iter().filter(|stream| stream.partition_index == partition_index) {
+            stream.rows.borrow_mut().clear();
+        }
     }
 
     /// The stream that a read at `offset` goes on with, or a new one, and whether it is new.
@@ -202,6 +211,10 @@ impl<I: Io, T: 'static> Inner<I, T> {
             let version = chunk.ready.version();
             match &*chunk.state.borrow() {
                 ChunkState::Reading => {}
+                ChunkState::Moved => {
+                    self.backlog.streams.borrow_mut().retain(|other| !Rc::ptr_eq(other, &stream));
+                    return Ok(None);
+                }
                 ChunkState::Failed(error) => {
                     let error = error.clone();
                     stream.chunks.borrow_mut().retain(|other| !Rc::ptr_eq(other, &chunk));
@@ -300,7 +313,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                 None => offset..end_offset,
                 Some(first) if offset < first.first_offset => offset..first.first_offset,
                 Some(first) => {
-                    if self.cache.borrow().get(first.block_sequence).is_some() {
+                    if self.is_cached(&first) {
                         return Ok(false);
                     }
                     let mut next_offset = first.first_offset;
@@ -312,7 +325,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                             && end <= row.position
                             && row.position - end <= GAP_BYTES_MAX
                             && row_end - first.position <= CHUNK_BYTES_MAX
-                            && self.cache.borrow().get(row.block_sequence).is_none();
+                            && !self.is_cached(&row);
                         if !(joins || extents.is_empty()) {
                             break;
                         }
@@ -350,8 +363,37 @@ impl<I: Io, T: 'static> Inner<I, T> {
         Ok(true)
     }
 
-    /// Reads extents that lie within `span` of one segment and checks that they are what was asked for.
+    /// Blocks of compacted segments are numbered on their own and never in the cache.
+    fn is_cached(&self, row: &ExtentRow) -> bool {
+        self.journal.is_journal(row.segment) && self.cache.borrow().get(row.block_sequence).is_some()
+    }
+
+    /// Reads extents that lie within `span` of one segment. What is not there is looked for in the index once more.
     async fn fetch(
+        &self,
+        partition: PartitionId,
+        extents: &[ExtentRow],
+        span: Range<u64>,
+    ) -> Result<ChunkState, ReadError> {
+        let generation = self.journal.generation(extents[0].segment);
+        let fetched = self.fetch_here(partition, extents, span).await;
+        if generation != self.journal.generation(extents[0].segment) {
+            // Nothing is live in a segment that is used again, and what was read may be new in part.
+            return Ok(ChunkState::Moved);
+        }
+        let mut missing = extents.iter().filter(|row| match &fetched {
+            Ok(ChunkState::Ready { pieces, .. }) => !is_whole(pieces, row),
+            _ => true,
+        });
+        let Some(missing) = missing.next() else { return fetched };
+        let found = self.index.extents(partition, missing.first_offset, 1).await;
+        let found = found.ok().and_then(|rows| rows.into_iter().next());
+        let moved = found.is_some_and(|row| row.first_offset <= missing.first_offset && row != *missing);
+        if moved { Ok(ChunkState::Moved) } else { fetched }
+    }
+
+    /// Reads extents and checks that they are what was asked for.
+    async fn fetch_here(
         &self,
         partition: PartitionId,
         extents: &[ExtentRow],
@@ -370,16 +412,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
             let body_start = start + EXTENT_HEADER_BYTES;
             let body = body_start..body_start + row.body_bytes as usize;
             let found = read.get(start..body_start).and_then(|head| block::extent_header(head).ok());
-            let found = found.filter(|header| {
-                header.kind == ExtentKind::Data
-                    && header.ledger.partition == partition
-                    && header.ledger.sequence == row.ledger
-                    && header.first_entry == row.first_entry
-                    && header.base_offset == row.first_offset
-                    && header.next_offset() == row.next_offset
-                    && header.body_bytes == row.body_bytes
-                    && header.block_sequence == row.block_sequence
-            });
+            let found = found.filter(|header| row.describes(partition, header));
             let (Some(header), Some(bytes)) = (found, read.get(body.clone())) else { continue };
             if !self.config.verify_reads {
                 pieces.push(Piece { offsets: row.first_offset..row.next_offset, bytes: body });
@@ -406,6 +439,18 @@ impl<I: Io, T: 'static> Inner<I, T> {
         }
         Ok(ChunkState::Ready { memory: Rc::new(ReadMemory(read)), pieces })
     }
+}
+
+/// Whether all messages of the extent are in the pieces.
+fn is_whole(pieces: &[Piece], row: &ExtentRow) -> bool {
+    let mut next_offset = row.first_offset;
+    for piece in pieces.iter().filter(|piece| row.first_offset <= piece.offsets.start) {
+        if piece.offsets.start != next_offset || row.next_offset <= next_offset {
+            break;
+        }
+        next_offset = piece.offsets.end;
+    }
+    row.next_offset <= next_offset
 }
 
 /// Appends what the pieces have from `offset` on.

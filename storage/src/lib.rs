@@ -11,7 +11,8 @@
 //! 6. Where extents lie goes to the index (`index`, RocksDB on a thread of its own), in batches that also say how far
 //!    into the journal they reach.
 //! 7. A reader behind the cache reads extents from the segments, with read-ahead (`backlog`).
-//! 8. `recovery` replays the journal from where the durable index ends. `ledger` says what may be deleted, `journal`
+//! 8. `compact` brings live extents together in segments of their own, where much is dead or lies apart.
+//! 9. `recovery` replays the journal from where the durable index ends. `ledger` says what may be deleted, `journal`
 //!    uses dead segments again.
 //!
 //! A [`Store`] lives on the executor that opened it. Files and clocks are behind [`Io`]. Formats: `storage/README.md`.
@@ -20,6 +21,7 @@ mod backlog;
 pub mod block;
 pub mod budget;
 mod cache;
+mod compact;
 pub mod dump;
 mod flush;
 pub mod index;
@@ -37,6 +39,7 @@ mod state;
 mod store;
 
 pub use budget::Budget;
+pub use compact::CompactError;
 pub use index::{Index, IndexDb, IndexError};
 pub use io::Io;
 pub use io::glommio::GlommioIo;

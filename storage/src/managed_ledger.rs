@@ -127,6 +127,13 @@ impl ManagedLedger {
         }
     }
 
+    /// Forgets the places of extents up to `next_offset`: the index has newer ones.
+    pub(crate) fn forget_tail(&mut self, next_offset: u64) {
+        while self.tail.front().is_some_and(|extent| extent.next_offset <= next_offset) {
+            self.pop_tail();
+        }
+    }
+
     /// The tail extent that holds `offset`, by index. `None`: it is older than the tail, or in none.
     pub(crate) fn find(&self, offset: u64) -> Option<usize> {
         let index = self.tail.partition_point(|extent| extent.next_offset <= offset);

@@ -11,15 +11,16 @@ use drava_runtime::local::{Broadcast, Notify};
 use crate::backlog::Backlog;
 use crate::block::{ExtentHeader, ExtentKind};
 use crate::cache::BlockCache;
+use crate::compact::Compactor;
 use crate::flush::Indexing;
-use crate::index::{Covered, ExtentRow, Index, IndexBatch, IndexThread};
+use crate::index::{Covered, ExtentRow, Index, IndexBatch, IndexThread, SegmentRow};
 use crate::io::{ALIGNMENT, Io};
 use crate::journal::{Journal, JournalConfig, JournalEnd};
 use crate::ledger::{Ledgers, RollPolicy, Writer};
 use crate::managed_ledger::ManagedLedger;
 use crate::pool::BufferPool;
 use crate::recovery::{self, Visited, Visitor, open_error};
-use crate::segment::{self, SegmentId, SegmentKind};
+use crate::segment::{self, SegmentId};
 use crate::stage::Staging;
 use crate::state::RowChange;
 use crate::store::{
@@ -50,11 +51,11 @@ pub(crate) async fn open<I: Io, T: 'static>(
     let index = IndexThread::start(&io, index)?;
     let loaded = index.load().await?;
     let known = |id: SegmentId| {
-        let found = loaded.segments.iter().find(|(segment, _, live)| *segment == id && 0 < *live);
-        found.map(|(_, generation, _)| (*generation, SegmentKind::Journal))
+        let found = loaded.segments.iter().find(|(segment, row)| *segment == id && 0 < row.live_bytes);
+        found.map(|(_, row)| (row.generation, row.kind))
     };
     let mut segments = recovery::survey(&io, &config.dir, config.shard, &known).await?;
-    for &(id, generation, live_bytes) in &loaded.segments {
+    for &(id, SegmentRow { generation, live_bytes, .. }) in &loaded.segments {
         match segments.get_mut(id.0 as usize).and_then(Option::as_mut) {
             Some(segment) if segment.generation == generation => segment.live_bytes = live_bytes,
             _ if live_bytes == 0 => {}
@@ -200,6 +201,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
         progress: Broadcast::default(),
         stopped: Cell::new(false),
         sink: RefCell::new(None),
+        compactor: Compactor::new(config.compaction_bytes_per_s),
         journal,
         index,
         config,
@@ -217,6 +219,7 @@ fn validate(config: &StoreConfig) -> Result<(), OpenError> {
         2 * config.block_bytes_max as u64 + segment::HEADER_BYTES <= config.segment_bytes,
         "segment_bytes holds at least two blocks of block_bytes_max",
     )?;
+    check(config.compaction_garbage_percent <= 100, "compaction_garbage_percent is at most 100")?;
     check(0 < config.flushes_in_flight_max, "flushes_in_flight_max is at least 1")
 }
 

@@ -15,6 +15,7 @@ use drava_runtime::local::{Broadcast, Notify, oneshot};
 use crate::backlog::Backlog;
 use crate::block::{self, EXTENT_HEADER_BYTES};
 use crate::cache::BlockCache;
+use crate::compact::{CompactError, Compactor};
 use crate::flush::{Flushing, Indexing};
 use crate::index::{Index, IndexError, IndexThread, PartitionRow};
 use crate::io::{ALIGNMENT, Io};
@@ -53,6 +54,14 @@ pub struct StoreConfig {
     pub disk_reserve_bytes: u64,
     /// Whether the checksum of every batch is compared when it is read from disk.
     pub verify_reads: bool,
+    /// What compaction may copy; 0: there is none.
+    pub compaction_bytes_per_s: u64,
+    /// How often it is looked whether anything is worth compacting.
+    pub compaction_interval: Duration,
+    /// A segment is compacted when at least so much of it is dead.
+    pub compaction_garbage_percent: u32,
+    /// A segment is compacted when a reader that catches up with all of it gets less than this with each read.
+    pub compaction_fragment_bytes: u64,
 }
 
 impl Default for StoreConfig {
@@ -72,6 +81,10 @@ impl Default for StoreConfig {
             index_flush_bytes: 128 << 20,
             disk_reserve_bytes: 1 << 30,
             verify_reads: true,
+            compaction_bytes_per_s: 64 << 20,
+            compaction_interval: Duration::from_secs(10),
+            compaction_garbage_percent: 50,
+            compaction_fragment_bytes: 64 << 10,
         }
     }
 }
@@ -296,6 +309,14 @@ pub struct StoreFigures {
     pub ledgers_deleted: u64,
     pub index_batches: u64,
     pub read_only: bool,
+    /// Written to compacted segments.
+    pub compacted_bytes: u64,
+    /// Passes over victims.
+    pub compactions: u64,
+    /// Copied and then not wanted: deleted while it was copied.
+    pub compaction_dropped_bytes: u64,
+    /// Gauge: segments that wait to be brought together.
+    pub fragmented_segments: u64,
 }
 
 /// The store of one shard. Clones share it. `T` is what the shard gives with each entry to recognise it by.
@@ -329,6 +350,7 @@ pub(crate) struct Inner<I: Io, T: 'static> {
     pub(crate) progress: Broadcast,
     pub(crate) stopped: Cell<bool>,
     pub(crate) sink: RefCell<Option<Sink<T>>>,
+    pub(crate) compactor: Compactor,
 }
 
 #[derive(Default)]
@@ -366,6 +388,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         inner.io.spawn(inner.clone().run_flusher(sink.clone()));
         inner.io.spawn(inner.clone().run_indexer(sink));
         inner.io.spawn(inner.clone().run_housekeeping());
+        inner.io.spawn(inner.clone().run_compactor());
         inner.io.spawn(inner.journal.clone().run());
         inner.woken.notify();
     }
@@ -647,6 +670,12 @@ impl<I: Io, T: 'static> Store<I, T> {
         durable.await.ok_or(AppendError::ReadOnly)
     }
 
+    /// Compacts what is due now, without waiting for more of it; `false`: nothing is. The store does it by itself from
+    /// time to time.
+    pub async fn compact(&self) -> Result<bool, CompactError> {
+        self.0.compact(true).await
+    }
+
     /// Flushes all that is staged and makes the index durable up to it. Nothing is appended after it.
     pub async fn seal(&self) -> Result<(), FlushError> {
         let inner = &self.0;
@@ -689,6 +718,11 @@ impl<I: Io, T: 'static> Store<I, T> {
         (figures.segments, figures.segments_spare, figures.segments_recycled, figures.live_bytes) =
             inner.journal.figures();
         figures.read_only = self.is_read_only();
+        let compaction = inner.compactor.figures();
+        figures.compacted_bytes = compaction.compacted_bytes;
+        figures.compactions = compaction.compactions;
+        figures.compaction_dropped_bytes = compaction.dropped_bytes;
+        figures.fragmented_segments = compaction.fragmented_segments;
         figures
     }
 }
