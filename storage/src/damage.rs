@@ -9,6 +9,12 @@ use std::ops::Range;
 
 use drava_protocol::PartitionId;
 
+use crate::block::EXTENT_HEADER_BYTES;
+use crate::index::ExtentRow;
+use crate::io::Io;
+use crate::segment::SegmentId;
+use crate::store::Inner;
+
 /// Entries beyond these are told to the log alone: a disk that is this bad needs no longer list.
 pub const ENTRIES_MAX: usize = 4096;
 const VALUE_BYTES: usize = 70;
@@ -232,13 +238,6 @@ impl Registry {
         true
     }
 
-    /// Whether there is an entry about these messages.
-    pub(crate) fn knows(&self, partition: PartitionId, offset: u64) -> bool {
-        self.entries.iter().filter_map(|(_, damage)| damage.messages.as_ref()).any(|messages| {
-            messages.partition == partition && messages.offsets.contains(&offset)
-        })
-    }
-
     /// Forgets what nobody can ask for any more, and places that hold something else now.
     ///
     /// `kept`: from which offset on a partition keeps its messages; `None`: it is deleted. `in_use`: whether that use of
@@ -270,6 +269,10 @@ impl Registry {
         std::mem::take(&mut self.changes)
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
     pub(crate) fn has_changes(&self) -> bool {
         !self.changes.is_empty()
     }
@@ -295,6 +298,105 @@ impl Registry {
         let messages = self.entries.iter().filter_map(|(_, damage)| damage.messages.as_ref());
         let count = messages.map(|messages| messages.offsets.end - messages.offsets.start);
         (self.entries.len() as u64, count.fold(0, u64::saturating_add))
+    }
+}
+
+impl<I: Io, T: 'static> Inner<I, T> {
+    /// Notes what is missing of an extent. `false`: the extent lies elsewhere by now or is deleted, and what was found at
+    /// its old place says nothing.
+    pub(crate) async fn report(
+        &self,
+        partition: PartitionId,
+        row: &ExtentRow,
+        missing: &[Range<u64>],
+        found_by: FoundBy,
+    ) -> bool {
+        if !self.is_current(partition, row).await {
+            return false;
+        }
+        let generation = self.journal.generation(row.segment);
+        for offsets in missing {
+            let place = generation.map(|generation| DamagedPlace {
+                segment: row.segment.0,
+                generation,
+                positions: row.position..row.position + EXTENT_HEADER_BYTES as u64 + u64::from(row.body_bytes),
+            });
+            self.note(place, partition, offsets.clone(), found_by);
+        }
+        true
+    }
+
+    /// Notes the messages from `offset` on of which nothing is known although they were durable once, if that is so.
+    /// Returns them.
+    pub(crate) async fn report_hole(
+        &self,
+        partition: PartitionId,
+        offset: u64,
+        place: Option<DamagedPlace>,
+        found_by: FoundBy,
+    ) -> Option<Range<u64>> {
+        let row = self.index.extents(partition, offset, 1).await.ok()?.first().copied();
+        let offsets = {
+            let partitions = self.partitions.borrow();
+            let found = &partitions.list[*partitions.by_id.get(&partition)? as usize];
+            // The index had its answer ready before this: what is in memory came later.
+            let tail = found.tail.iter().find(|extent| offset < extent.next_offset);
+            let known = [row.as_ref(), tail].into_iter().flatten().map(|extent| extent.first_offset);
+            offset.max(found.start_offset)..known.min().unwrap_or(found.end_offset).min(found.end_offset)
+        };
+        if offsets.is_empty() {
+            return None;
+        }
+        self.note(place, partition, offsets.clone(), found_by);
+        Some(offsets)
+    }
+
+    fn note(&self, place: Option<DamagedPlace>, partition: PartitionId, offsets: Range<u64>, found_by: FoundBy) {
+        let messages = Some(DamagedMessages { partition, offsets: offsets.clone() });
+        let segment = place.as_ref().map(|place| place.segment);
+        let damage = Damage { place, messages, found_at_ms: self.io.wall_clock_ms(), found_by };
+        let (added, overflowed) = {
+            let mut registry = self.damage.borrow_mut();
+            (registry.add(damage), registry.take_overflowed())
+        };
+        if added || overflowed {
+            let listed = !overflowed;
+            tracing::error!(shard = self.config.shard.0, %partition, ?offsets, segment, found_by = found_by.name(), listed, "messages are damaged on disk");
+        }
+    }
+
+    /// Whether an extent is still where the row says.
+    async fn is_current(&self, partition: PartitionId, row: &ExtentRow) -> bool {
+        // `None`: nobody can ask for it any more.
+        let in_tail = || {
+            let partitions = self.partitions.borrow();
+            let found = &partitions.list[*partitions.by_id.get(&partition)? as usize];
+            (found.start_offset < row.next_offset).then(|| found.tail.iter().any(|extent| extent == row))
+        };
+        match in_tail() {
+            None => return false,
+            Some(true) => return true,
+            Some(false) => {}
+        }
+        let indexed = self.index.extents(partition, row.first_offset, 1).await;
+        indexed.is_ok_and(|rows| rows.first() == Some(row)) && in_tail().is_some()
+    }
+
+    /// Forgets damage that nobody can meet any more, and sees to it that the index learns of all changes.
+    pub(crate) fn tidy_damage(&self) {
+        let mut registry = self.damage.borrow_mut();
+        if !registry.is_empty() {
+            let partitions = self.partitions.borrow();
+            let kept = |id| {
+                let found = partitions.by_id.get(&id).map(|slot| &partitions.list[*slot as usize]);
+                found.filter(|found| !found.deleted).map(|found| found.start_offset)
+            };
+            registry
+                .expire(kept, |place| self.journal.generation(SegmentId(place.segment)) == Some(place.generation));
+        }
+        if registry.has_changes() || self.scrub.borrow().has_change() {
+            self.indexing.borrow_mut().changed = true;
+        }
     }
 }
 
@@ -340,7 +442,6 @@ mod tests {
         assert_eq!(again.list(), expected);
         assert!(again.add(damage(None, Some((7, 0..1)))));
         assert_eq!(reloaded(&mut again, &mut rows).count(), (3, 41), "numbers are not used twice");
-        assert!(registry.knows(PartitionId(5), 39) && !registry.knows(PartitionId(5), 40));
     }
 
     #[test]
