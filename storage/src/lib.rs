@@ -21,7 +21,7 @@ pub mod block;
 mod cache;
 pub mod dump;
 mod flush;
-mod index;
+pub mod index;
 pub mod io;
 mod journal;
 mod ledger;

@@ -47,7 +47,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
 ) -> Result<(Inner<I, T>, Recovered), OpenError> {
     validate(&config)?;
     let started = io.now();
-    let index = IndexThread::start(index)?;
+    let index = IndexThread::start(&io, index)?;
     let loaded = index.load().await?;
     let known = |id: SegmentId| {
         let found = loaded.segments.iter().find(|(segment, _, live)| *segment == id && 0 < *live);
