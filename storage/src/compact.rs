@@ -21,14 +21,16 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
 
 use drava_protocol::{PartitionId, batch};
 
 use crate::backlog::GAP_BYTES_MAX;
-use crate::block::{self, BlockId, BlockWriter, EXTENT_HEADER_BYTES, ExtentHeader, ExtentKind};
+use crate::block::{self, BlockId, BlockWriter, EXTENT_HEADER_BYTES, ExtentHeader};
 use crate::budget::Budget;
+use crate::damage::FoundBy;
 use crate::flush::HOUSEKEEPING;
 use crate::index::{ExtentKey, ExtentRow, IndexError, Move, MoveBatch};
 use crate::io::{ALIGNMENT, File, Io};
@@ -236,7 +238,9 @@ impl<I: Io, T: 'static> Inner<I, T> {
         let judged = self.compactor.judged.borrow();
         let unjudged = candidates
             .iter()
-            .filter(|segment| segment.kind == SegmentKind::Journal && judged.get(&segment.id) != Some(&segment.generation))
+            .filter(|segment| {
+                segment.kind == SegmentKind::Journal && judged.get(&segment.id) != Some(&segment.generation)
+            })
             .count();
         garbage || if quiet { 0 < unjudged } else { VICTIMS_MAX <= unjudged }
     }
@@ -282,8 +286,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
     async fn give_way(&self, bytes: u64) -> Result<(), CompactError> {
         self.compactor.budget.take(&self.io, bytes).await;
         for _ in 0..PAUSES_MAX {
-            let late = self.journal.oldest_write().is_some_and(|started| started + LATE <= self.io.now());
-            if !late || self.stopped.get() {
+            if !self.journal.is_late(LATE) || self.stopped.get() {
                 break;
             }
             self.io.sleep(PAUSE).await;
@@ -366,7 +369,8 @@ fn fragment_passes(fragmented: &[SealedSegment], quiet: bool) -> Vec<Vec<Segment
     let mut passes: Vec<Vec<SegmentId>> = Vec::new();
     let mut bytes = 0;
     for segment in fragmented {
-        let full = passes.last().is_none_or(|pass| pass.len() == VICTIMS_MAX) || VICTIM_BYTES_MAX < bytes + segment.bytes;
+        let full =
+            passes.last().is_none_or(|pass| pass.len() == VICTIMS_MAX) || VICTIM_BYTES_MAX < bytes + segment.bytes;
         if full {
             passes.push(Vec::new());
             bytes = 0;
@@ -475,12 +479,11 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
         row: &ExtentRow,
         bytes: Result<Vec<u8>, CompactError>,
     ) -> Result<(), CompactError> {
-        let read = bytes.map_err(|error| error.to_string());
-        let checked = read.and_then(|bytes| Ok((check(partition, row, &bytes)?, bytes)));
+        let checked = bytes.map_err(Unfit::Unreadable).and_then(|bytes| Ok((check(partition, row, &bytes)?, bytes)));
         let (header, bytes) = match checked {
             Ok(checked) => checked,
-            Err(what) => {
-                self.report(partition, row, &what);
+            Err(unfit) => {
+                self.leave(partition, row, unfit).await;
                 return Ok(());
             }
         };
@@ -503,14 +506,21 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
         Ok(())
     }
 
-    /// An extent that is not what was written stays where it is.
-    fn report(&self, partition: PartitionId, row: &ExtentRow, what: &str) {
-        let shard = self.inner.config.shard.0;
-        let (segment, position) = (row.segment.0, row.position);
-        let messages = row.first_offset..row.next_offset;
-        tracing::error!(shard, segment, position, %partition, ?messages, what, "an extent is damaged; it is not compacted");
-        let generation = self.inner.journal.generation(row.segment);
-        self.inner.compactor.damaged.borrow_mut().insert(row.segment, generation);
+    /// An extent that is not what was written stays where it is, and so does its segment.
+    async fn leave(&self, partition: PartitionId, row: &ExtentRow, unfit: Unfit) {
+        let inner = self.inner;
+        if let Unfit::Damaged(offsets) = &unfit
+            && !inner.report(partition, row, offsets, FoundBy::Compaction).await
+        {
+            // It was deleted meanwhile.
+            return;
+        }
+        let (shard, segment, position) = (inner.config.shard.0, row.segment.0, row.position);
+        let error = &unfit as &dyn std::error::Error;
+        tracing::warn!(shard, segment, position, %partition, error, "an extent cannot be moved; its segment stays");
+        if let Some(generation) = inner.journal.generation(row.segment) {
+            inner.compactor.damaged.borrow_mut().insert(row.segment, generation);
+        }
     }
 
     /// Writes what was gathered, durably.
@@ -528,8 +538,7 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
             let segment = self.inner.journal.segment_for_compaction().await;
             let (segment, generation, bytes) = segment.ok_or(CompactError::NoRoom)?;
             let position = segment::HEADER_BYTES;
-            self.output =
-                Some(Output { segment, generation, bytes, position, next_sequence: 1, previous_crc: 0 });
+            self.output = Some(Output { segment, generation, bytes, position, next_sequence: 1, previous_crc: 0 });
         }
         let output = self.output.as_mut().expect("there is one now");
         let mut block = std::mem::take(&mut self.block);
@@ -668,24 +677,36 @@ fn small_reads(rows: &[(PartitionId, ExtentRow)]) -> usize {
     rows.iter().take_while(fits).count().max(1)
 }
 
+/// Why an extent cannot be moved.
+#[derive(Debug, thiserror::Error)]
+enum Unfit {
+    #[error("it cannot be read")]
+    Unreadable(#[source] CompactError),
+    #[error("the messages {0:?} are not what was written")]
+    Damaged(Vec<Range<u64>>),
+    #[error("its messages are good, but their append times are not what was written")]
+    AppendTimes,
+}
+
 /// Checks that the bytes are the extent of the row, every batch of it, as far as anything in it can tell.
-fn check(partition: PartitionId, row: &ExtentRow, bytes: &[u8]) -> Result<ExtentHeader, String> {
-    let header = block::extent_header(bytes).map_err(str::to_owned)?;
-    if header.kind != ExtentKind::Data || !row.describes(partition, &header) {
-        return Err("another extent, or none, is where it should be".into());
-    }
+fn check(partition: PartitionId, row: &ExtentRow, bytes: &[u8]) -> Result<ExtentHeader, Unfit> {
+    let header = block::extent_header(bytes).ok().filter(|header| row.describes(partition, header));
+    let header = header.ok_or_else(|| Unfit::Damaged(vec![row.first_offset..row.next_offset]))?;
     let mut latest_ms = 0;
     let mut count = 0;
-    let bad = block::check_batches(&header, &bytes[EXTENT_HEADER_BYTES..], |batch: &batch::Header, _| {
+    let mut bad = block::check_batches(&header, &bytes[EXTENT_HEADER_BYTES..], |batch: &batch::Header, _| {
         latest_ms = latest_ms.max(batch.append_time_ms);
         count += 1;
     });
-    if !bad.is_empty() || count != header.entry_count {
-        return Err(format!("the messages {bad:?} are not what was written"));
+    if bad.is_empty() && count != header.entry_count {
+        bad.push(row.first_offset..row.next_offset);
+    }
+    if !bad.is_empty() {
+        return Err(Unfit::Damaged(bad));
     }
     // The broker's fields are covered by the checksum of the block, which was not read: at least they must agree.
     if latest_ms != header.max_append_time_ms || latest_ms != row.max_append_time_ms {
-        return Err("the append times are not what was written".into());
+        return Err(Unfit::AppendTimes);
     }
     Ok(header)
 }

@@ -464,23 +464,11 @@ impl<I: Io, P: 'static> Journal<I, P> {
         self.wanted.notify();
     }
 
-    /// Which use of the segment this is; 0 when it is not there.
-    pub(crate) fn generation(&self, id: SegmentId) -> u64 {
-        let state = self.state.borrow();
-        state.segments.get(id.0 as usize).and_then(Option::as_ref).map_or(0, |segment| segment.generation)
-    }
-
     /// Whether the blocks in the segment are the journal's, numbered over its life.
     pub(crate) fn is_journal(&self, id: SegmentId) -> bool {
         let state = self.state.borrow();
         let segment = state.segments.get(id.0 as usize).and_then(Option::as_ref);
         segment.is_some_and(|segment| segment.kind == SegmentKind::Journal)
-    }
-
-    /// When the write that has waited longest for the disk was started.
-    pub(crate) fn oldest_write(&self) -> Option<Duration> {
-        let state = self.state.borrow();
-        state.in_flight.iter().find(|entry| entry.result.is_none()).map(|entry| entry.started)
     }
 
     /// When something was last written to the journal.
@@ -533,6 +521,31 @@ impl<I: Io, P: 'static> Journal<I, P> {
         state.close_some();
         drop(state);
         self.wanted.notify();
+    }
+
+    /// Which use of a segment this is; `None`: there is no such segment, or it holds nothing.
+    pub(crate) fn generation(&self, id: SegmentId) -> Option<u64> {
+        let state = self.state.borrow();
+        let segment = state.segments.get(id.0 as usize)?.as_ref()?;
+        (segment.role != Role::Spare && 0 < segment.generation).then_some(segment.generation)
+    }
+
+    /// Sealed segments in which something is live, in the order of their generations: generation, segment, bytes.
+    pub(crate) fn live_segments(&self) -> Vec<(u64, SegmentId, u64)> {
+        let state = self.state.borrow();
+        let all = state.segments.iter().enumerate();
+        let live = all.filter_map(|(index, segment)| Some((SegmentId(index as u32), segment.as_ref()?)));
+        let live = live.filter(|(_, segment)| segment.role == Role::Sealed && 0 < segment.live_bytes);
+        let mut found: Vec<_> = live.map(|(id, segment)| (segment.generation, id, segment.bytes)).collect();
+        found.sort_unstable();
+        found
+    }
+
+    /// Whether a write has been under way for longer than `limit`: background work makes room.
+    pub(crate) fn is_late(&self, limit: Duration) -> bool {
+        let state = self.state.borrow();
+        let unanswered = state.in_flight.iter().find(|entry| entry.result.is_none());
+        unanswered.is_some_and(|entry| entry.started + limit < self.io.now())
     }
 
     /// The file of a segment, opened when it is not open.

@@ -17,11 +17,16 @@
 //!
 //! A [`Store`] lives on the executor that opened it. Files and clocks are behind [`Io`]. Formats: `storage/README.md`.
 
+// The tests inside share what those outside have.
+#[cfg(test)]
+extern crate self as drava_storage;
+
 mod backlog;
 pub mod block;
 pub mod budget;
 mod cache;
 mod compact;
+mod damage;
 pub mod dump;
 mod flush;
 pub mod index;
@@ -33,6 +38,7 @@ mod open;
 mod pool;
 mod record_log;
 mod recovery;
+mod scrub;
 pub mod segment;
 mod stage;
 mod state;
@@ -40,6 +46,7 @@ mod store;
 
 pub use budget::Budget;
 pub use compact::CompactError;
+pub use damage::{Damage, DamagedMessages, DamagedPlace, FoundBy};
 pub use index::{Index, IndexDb, IndexError};
 pub use io::Io;
 pub use io::glommio::GlommioIo;

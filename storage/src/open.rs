@@ -12,6 +12,7 @@ use crate::backlog::Backlog;
 use crate::block::{ExtentHeader, ExtentKind};
 use crate::cache::BlockCache;
 use crate::compact::Compactor;
+use crate::damage::Registry;
 use crate::flush::Indexing;
 use crate::index::{Covered, ExtentRow, Index, IndexBatch, IndexThread, SegmentRow};
 use crate::io::{ALIGNMENT, Io};
@@ -20,6 +21,7 @@ use crate::ledger::{Ledgers, RollPolicy, Writer};
 use crate::managed_ledger::ManagedLedger;
 use crate::pool::BufferPool;
 use crate::recovery::{self, Visited, Visitor, open_error};
+use crate::scrub::Scrub;
 use crate::segment::{self, SegmentId};
 use crate::stage::Staging;
 use crate::state::RowChange;
@@ -152,6 +154,9 @@ pub(crate) async fn open<I: Io, T: 'static>(
         partition.trim_tail(end.next_sequence, indexed_sequence);
     }
 
+    let damage = Registry::load(loaded.damage);
+    let scrub = Scrub::load(&loaded.scrub, &replayed.damaged, |segment| journal.generation(SegmentId(segment)));
+
     let recovered = Recovered {
         partitions: partitions
             .by_id
@@ -202,6 +207,8 @@ pub(crate) async fn open<I: Io, T: 'static>(
         stopped: Cell::new(false),
         sink: RefCell::new(None),
         compactor: Compactor::new(config.compaction_bytes_per_s),
+        damage: RefCell::new(damage),
+        scrub: RefCell::new(scrub),
         journal,
         index,
         config,

@@ -16,6 +16,7 @@ use crate::backlog::Backlog;
 use crate::block::{self, EXTENT_HEADER_BYTES};
 use crate::cache::BlockCache;
 use crate::compact::{CompactError, Compactor};
+use crate::damage::{Damage, Registry};
 use crate::flush::{Flushing, Indexing};
 use crate::index::{Index, IndexError, IndexThread, PartitionRow};
 use crate::io::{ALIGNMENT, Io};
@@ -23,6 +24,7 @@ use crate::journal::Journal;
 use crate::ledger::{Ledgers, RollPolicy};
 use crate::managed_ledger::ManagedLedger;
 use crate::pool::BufferPool;
+use crate::scrub::Scrub;
 use crate::segment;
 use crate::stage::{NewStaged, Staging};
 use crate::state::{KEY_BYTES_MAX, RowChange, StateBatch, VALUE_BYTES_MAX};
@@ -62,6 +64,10 @@ pub struct StoreConfig {
     pub compaction_garbage_percent: u32,
     /// A segment is compacted when a reader that catches up with all of it gets less than this with each read.
     pub compaction_fragment_bytes: u64,
+    /// What the scrubber reads in a second; 0: nothing is scrubbed.
+    pub scrub_bytes_per_s: u64,
+    /// The scrubber begins anew so long after it began, at the earliest.
+    pub scrub_interval: Duration,
 }
 
 impl Default for StoreConfig {
@@ -85,6 +91,8 @@ impl Default for StoreConfig {
             compaction_interval: Duration::from_secs(10),
             compaction_garbage_percent: 50,
             compaction_fragment_bytes: 64 << 10,
+            scrub_bytes_per_s: 8 << 20,
+            scrub_interval: Duration::from_secs(7 * 86_400),
         }
     }
 }
@@ -291,23 +299,29 @@ pub struct ReplayedBatch {
     pub base_sequence: u64,
 }
 
-/// Counters since open, and gauges. The fields are those of the shard's figures.
-#[derive(Clone, Copy, Debug, Default)]
+/// The figures of a store: counters since it was opened, and gauges, which say so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StoreFigures {
     pub flushes: u64,
     pub flushed_bytes: u64,
     pub flush_micros_total: u64,
+    /// Gauge: staged and not yet durable.
     pub staged_bytes: u64,
+    /// Gauge.
     pub cache_bytes: u64,
     pub cache_hits: u64,
     pub cache_misses: u64,
     pub disk_read_bytes: u64,
+    /// Gauge.
     pub segments: u64,
+    /// Gauge.
     pub segments_spare: u64,
     pub segments_recycled: u64,
+    /// Gauge: bytes of live entries.
     pub live_bytes: u64,
     pub ledgers_deleted: u64,
     pub index_batches: u64,
+    /// Gauge: a write or sync failed, or the store was closed.
     pub read_only: bool,
     /// Written to compacted segments.
     pub compacted_bytes: u64,
@@ -317,10 +331,16 @@ pub struct StoreFigures {
     pub compaction_dropped_bytes: u64,
     /// Gauge: segments that wait to be brought together.
     pub fragmented_segments: u64,
+    /// Entries of the damage registry, and the messages that they name.
+    pub damaged_ranges: u64,
+    pub damaged_messages: u64,
+    pub scrubbed_bytes: u64,
+    /// Passes of the scrubber that came to their end.
+    pub scrub_passes: u64,
 }
 
 /// The store of one shard. Clones share it. `T` is what the shard gives with each entry to recognise it by.
-pub struct Store<I: Io, T: 'static>(Rc<Inner<I, T>>);
+pub struct Store<I: Io, T: 'static>(pub(crate) Rc<Inner<I, T>>);
 
 impl<I: Io, T: 'static> Clone for Store<I, T> {
     fn clone(&self) -> Self {
@@ -351,6 +371,8 @@ pub(crate) struct Inner<I: Io, T: 'static> {
     pub(crate) stopped: Cell<bool>,
     pub(crate) sink: RefCell<Option<Sink<T>>>,
     pub(crate) compactor: Compactor,
+    pub(crate) damage: RefCell<Registry>,
+    pub(crate) scrub: RefCell<Scrub>,
 }
 
 #[derive(Default)]
@@ -390,6 +412,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         inner.io.spawn(inner.clone().run_housekeeping());
         inner.io.spawn(inner.clone().run_compactor());
         inner.io.spawn(inner.journal.clone().run());
+        inner.io.spawn(inner.clone().run_scrubber());
         inner.woken.notify();
     }
 
@@ -723,7 +746,15 @@ impl<I: Io, T: 'static> Store<I, T> {
         figures.compactions = compaction.compactions;
         figures.compaction_dropped_bytes = compaction.dropped_bytes;
         figures.fragmented_segments = compaction.fragmented_segments;
+        (figures.damaged_ranges, figures.damaged_messages) = inner.damage.borrow().count();
         figures
+    }
+}
+
+impl<I: Io, T: 'static> Store<I, T> {
+    /// What cannot be read any more: messages by partition and offset, then places that are not known to hold any.
+    pub fn damage(&self) -> Vec<Damage> {
+        self.0.damage.borrow().list()
     }
 }
 

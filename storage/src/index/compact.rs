@@ -51,11 +51,7 @@ pub(crate) struct Moved {
 
 impl IndexThread {
     /// The next extents from `from` on, in all segments or in these.
-    pub(crate) async fn scan(
-        &self,
-        from: ExtentKey,
-        segments: Option<Vec<SegmentId>>,
-    ) -> Result<Scanned, IndexError> {
+    pub(crate) async fn scan(&self, from: ExtentKey, segments: Option<Vec<SegmentId>>) -> Result<Scanned, IndexError> {
         let (sender, reply) = reply();
         self.ask(Request::Scan { from, segments, reply: sender }, reply).await
     }

@@ -181,11 +181,13 @@ pub struct FaultyIo {
     pub writes_left: Rc<std::cell::Cell<Option<u32>>>,
     /// Seed of what is left of the writes that fail: all, some or nothing. `None`: nothing.
     pub tear: Rc<std::cell::Cell<Option<u64>>>,
+    /// Reads of segments so far.
+    pub reads: Rc<std::cell::Cell<u64>>,
 }
 
 impl FaultyIo {
     pub fn new() -> FaultyIo {
-        FaultyIo { disk: GlommioIo::new(), writes_left: Rc::default(), tear: Rc::default() }
+        FaultyIo { disk: GlommioIo::new(), writes_left: Rc::default(), tear: Rc::default(), reads: Rc::default() }
     }
 
     fn file(&self, file: <GlommioIo as Io>::File) -> FaultyFile {
@@ -284,6 +286,7 @@ impl drava_storage::io::File for FaultyFile {
     }
 
     async fn read_at(&self, position: u64, bytes: usize) -> std::io::Result<Self::Read> {
+        self.io.reads.set(self.io.reads.get() + 1);
         self.file.read_at(position, bytes).await
     }
 
