@@ -2,7 +2,10 @@
 //!
 //! The owner asks where the next block goes ([`Journal::place`]), fills a buffer and hands it over ([`Journal::write`]).
 //! Several writes may be in flight; [`Journal::completed`] gives them back strictly in order, so a block counts only
-//! when all before it do. After a failed write nothing counts any more: what reached the disk is not known.
+//! when all before it do. After a failed write nothing behind it counts: what reached the disk is not known. The owner
+//! takes everything back that was in flight, forgets it and lets the journal roll ([`Journal::roll`]): the segment is
+//! given up, and a fresh one takes over from the last durable block if the disk answers the write of its header. The
+//! header says from which block on the old segments do not count ([`segment::Cut`]).
 //!
 //! A task ([`Journal::run`]) has the next segment ready before it is needed: a dead one, a spare, or a new one.
 
@@ -18,7 +21,7 @@ use drava_runtime::local::{Broadcast, Notify};
 
 use crate::block::BlockId;
 use crate::io::{ALIGNMENT, File, Io};
-use crate::segment::{self, SegmentHeader, SegmentId};
+use crate::segment::{self, CUTS_MAX, Cut, SegmentHeader, SegmentId};
 use crate::store::FlushError;
 
 /// Sealed segments kept open for readers.
@@ -59,6 +62,10 @@ pub(crate) struct Segment<F> {
     pub(crate) role: Role,
     /// Every byte of it was written once, so that writes to it change no metadata of the file system.
     pub(crate) filled: bool,
+    /// What its header says of other segments.
+    pub(crate) cuts: Vec<Cut>,
+    /// A write to it failed. It is removed when nobody needs it, not written again.
+    pub(crate) suspect: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,6 +142,20 @@ struct State<I: Io, P> {
     opened: VecDeque<SegmentId>,
     recycled: u64,
     written_at: Duration,
+    /// Where the journal goes on after the last durable block.
+    durable_end: JournalEnd,
+    /// Blocks that do not count, as far as segments that may hold some are there.
+    cuts: Vec<Cut>,
+    /// A write failed and the next segment is not ready yet.
+    rolling: Option<Roll>,
+    rolls: u64,
+}
+
+/// The blocks that the segment which takes over will cut off.
+#[derive(Clone, Copy, Debug)]
+struct Roll {
+    from_generation: u64,
+    sequence: u64,
 }
 
 impl<I: Io, P: 'static> Journal<I, P> {
@@ -157,6 +178,12 @@ impl<I: Io, P: 'static> Journal<I, P> {
             }
         }
         let next_sequence = end.map_or(1, |end| end.next_sequence);
+        let mut cuts = Vec::new();
+        for cut in segments.iter().flatten().flat_map(|segment| &segment.cuts) {
+            if !cuts.contains(cut) {
+                cuts.push(*cut);
+            }
+        }
         Journal {
             io,
             config,
@@ -177,6 +204,10 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 opened: VecDeque::new(),
                 recycled: 0,
                 written_at: Duration::ZERO,
+                durable_end: end.unwrap_or(JournalEnd { next_sequence, ..JournalEnd::default() }),
+                cuts,
+                rolling: None,
+                rolls: 0,
             }),
             woken,
             wanted: Notify::default(),
@@ -190,7 +221,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
     pub(crate) fn place(&self, block_bytes: u64) -> Option<Placement> {
         let mut state = self.state.borrow_mut();
         let state = &mut *state;
-        if state.failed.is_some() {
+        if state.failed.is_some() || state.rolling.is_some() {
             return None;
         }
         if let Some((id, position)) = state.active {
@@ -305,6 +336,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
         match result {
             Ok(()) => {
                 state.durable_sequence = entry.completed.placement.id.sequence;
+                state.durable_end = entry.completed.end;
                 Some(Ok(entry.completed))
             }
             Err(error) => {
@@ -312,6 +344,44 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 Some(Err((error, entry.completed.payload)))
             }
         }
+    }
+
+    /// After a failed write, once all blocks in flight were given back: gives up what may hold any of them and has a
+    /// fresh segment made ready, in which the journal goes on from the last durable block. `false`: it failed for good.
+    pub(crate) fn roll(&self) -> bool {
+        let mut state = self.state.borrow_mut();
+        let state = &mut *state;
+        assert!(state.in_flight.is_empty(), "{} blocks are in flight", state.in_flight.len());
+        let of_the_disk = matches!(state.failed, Some(FlushError::Write { .. }));
+        if !of_the_disk || self.stopped.get() || CUTS_MAX <= state.cuts.len() {
+            return false;
+        }
+        let end = state.durable_end;
+        for segment in state.segments.iter_mut().flatten() {
+            match segment.role {
+                Role::Active | Role::Sealed if end.generation <= segment.generation => {
+                    segment.role = Role::Sealed;
+                    segment.last_sequence = state.durable_sequence;
+                    segment.suspect = true;
+                }
+                // Its header has to say where the journal goes on; another is written.
+                Role::Prepared => segment.role = Role::Spare,
+                Role::Active | Role::Sealed | Role::Spare => {}
+            }
+        }
+        state.failed = None;
+        state.rolling = Some(Roll { from_generation: end.generation, sequence: end.next_sequence });
+        state.rolls += 1;
+        (state.active, state.prepared) = (None, None);
+        (state.segment_wanted, state.leave_active) = (true, false);
+        (state.next_sequence, state.previous_crc) = (end.next_sequence, end.previous_crc);
+        self.wanted.notify();
+        true
+    }
+
+    /// How often a write failed and the journal went on in another segment.
+    pub(crate) fn rolls(&self) -> u64 {
+        self.state.borrow().rolls
     }
 
     pub(crate) fn in_flight(&self) -> usize {
@@ -426,7 +496,9 @@ impl<I: Io, P: 'static> Journal<I, P> {
     /// Has a segment ready when one is needed, until [`Journal::stop`].
     pub(crate) async fn run(self: Rc<Self>) {
         while !self.stopped.get() && !self.is_failed() {
-            if self.needs_segment() {
+            if self.is_rolling() {
+                self.finish_roll().await;
+            } else if self.needs_segment() {
                 if let Err(error) = self.prepare().await {
                     tracing::error!(shard = self.config.shard.0, error = %error, "no journal segment could be made");
                     self.state.borrow_mut().full = true;
@@ -448,6 +520,28 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 }
             } else {
                 self.wanted.notified().await;
+            }
+        }
+    }
+
+    fn is_rolling(&self) -> bool {
+        self.state.borrow().rolling.is_some()
+    }
+
+    /// Makes the segment ready that takes over. The write of its header is what tells whether the disk answers: if it
+    /// fails, too, the journal is at its end.
+    async fn finish_roll(&self) {
+        // Late answers must not be taken for those of blocks that get the same sequences.
+        self.quiesced().await;
+        match self.prepare().await {
+            Ok(()) if !self.is_rolling() => {
+                tracing::warn!(shard = self.config.shard.0, "the journal goes on in a fresh segment");
+                self.woken.notify();
+            }
+            Ok(()) => self.io.sleep(RETRY).await,
+            Err(error) => {
+                tracing::error!(shard = self.config.shard.0, error = %error, "the disk fails; nothing is written any more");
+                self.fail(FlushError::Roll { message: error.to_string() });
             }
         }
     }
@@ -504,7 +598,9 @@ impl<I: Io, P: 'static> Journal<I, P> {
         });
         let kept = if self.is_quiet() { DEAD_KEPT } else { DEAD_KEPT_BUSY };
         let many = self.config.segments_spare + kept < state.segments.iter().filter(dead).count();
-        let found = odd.or_else(|| state.segments.iter().rposition(|s| dead(&s)).filter(|_| many));
+        let suspect =
+            state.segments.iter().position(|s| s.as_ref().is_some_and(|s| state.is_dead(s) && s.suspect));
+        let found = suspect.or(odd).or_else(|| state.segments.iter().rposition(|s| dead(&s)).filter(|_| many));
         found.map(|index| SegmentId(index as u32))
     }
 
@@ -528,7 +624,9 @@ impl<I: Io, P: 'static> Journal<I, P> {
             let mut state = self.state.borrow_mut();
             let state = &mut *state;
             let dead = state.segments.iter().position(|segment| {
-                segment.as_ref().is_some_and(|s| state.is_dead(s) && s.bytes == self.config.segment_bytes)
+                segment.as_ref().is_some_and(|s| {
+                    state.is_dead(s) && s.bytes == self.config.segment_bytes && !s.suspect
+                })
             });
             let spare = || {
                 let spare = |s: &Segment<I::File>| s.role == Role::Spare && s.bytes == self.config.segment_bytes;
@@ -548,24 +646,34 @@ impl<I: Io, P: 'static> Journal<I, P> {
             },
         };
         let file = self.file(id).await?;
-        let generation = {
+        let (generation, cuts, rolls) = {
             let mut state = self.state.borrow_mut();
             state.generation += 1;
-            state.generation
+            (state.generation, state.cuts_for(id, state.generation), state.rolls)
         };
         let mut buffer = self.io.buffer(ALIGNMENT);
         segment::encode(&SegmentHeader { shard: self.config.shard, segment: id, generation }, buffer.as_mut());
+        segment::encode_cuts(&cuts, buffer.as_mut());
         file.write_at(Rc::new(buffer), 0).await?;
         let mut state = self.state.borrow_mut();
+        let rolled = state.rolls != rolls;
         state.opened.retain(|opened| *opened != id);
         let segment = state.segments[id.0 as usize].as_mut().expect("found or made above");
         segment.generation = generation;
+        segment.cuts.clone_from(&cuts);
+        if rolled {
+            // A write failed in the meantime, and this header does not say so.
+            segment.role = Role::Spare;
+            return Ok(());
+        }
         segment.role = Role::Prepared;
         segment.live_bytes = 0;
         segment.last_sequence = 0;
         segment.file = Some(file);
         state.prepared = Some(id);
         state.full = false;
+        state.cuts = cuts;
+        state.rolling = None;
         drop(state);
         tracing::debug!(shard = self.config.shard.0, segment = id.0, "the next segment is ready");
         self.woken.notify();
@@ -610,6 +718,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
             last_sequence: 0,
             role: Role::Spare,
             filled: false,
+            cuts: Vec::new(),
+            suspect: false,
         });
         Ok(Some(id))
     }
@@ -654,6 +764,19 @@ impl<I: Io, P> State<I, P> {
             previous_crc: self.previous_crc,
         };
         Placement { id, segment, position }
+    }
+
+    /// What the header of a segment that is made ready says: the cuts that still matter, and the one of this roll.
+    fn cuts_for(&self, id: SegmentId, generation: u64) -> Vec<Cut> {
+        let covered = |cut: &&Cut| {
+            let mut others = self.segments.iter().enumerate().filter(|(index, _)| *index != id.0 as usize);
+            others.any(|(_, segment)| segment.as_ref().is_some_and(|segment| cut.covers(segment.generation)))
+        };
+        let mut cuts: Vec<Cut> = self.cuts.iter().filter(covered).copied().collect();
+        if let Some(Roll { from_generation, sequence }) = self.rolling {
+            cuts.push(Cut { from_generation, generation, sequence });
+        }
+        cuts
     }
 
     fn is_dead(&self, segment: &Segment<I::File>) -> bool {

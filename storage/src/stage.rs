@@ -134,6 +134,11 @@ impl<T> Staging<T> {
         Some(group)
     }
 
+    /// The newest group.
+    pub(crate) fn back(&mut self) -> Option<&mut Group<T>> {
+        self.groups.back_mut()
+    }
+
     /// Takes a group back for its memory.
     pub(crate) fn recycle(&mut self, mut group: Group<T>) {
         if FREE_MAX <= self.free.len() {

@@ -80,7 +80,9 @@ impl Default for StoreConfig {
 pub trait FlushSink<T> {
     /// The entries of these tokens are durable and readable, in append order. Drained by the callee.
     fn flushed(&mut self, tokens: &mut Vec<T>);
-    /// Whether these entries are on disk is not known. Drained by the callee. Nothing is flushed after this.
+    /// Whether these entries are on disk is not known; they will never be readable, and their offsets are given out
+    /// again. Drained by the callee. Everything that was staged or in flight fails in the same call. What is appended
+    /// from then on is flushed as usual unless the store [is read-only](Store::is_read_only).
     fn failed(&mut self, tokens: &mut Vec<T>, error: &FlushError);
     /// Asks for the state derived from all entries flushed so far, as far as it changed since the last call.
     fn collect_state(&mut self, out: &mut StateBatch);
@@ -115,7 +117,7 @@ pub struct NewEntry {
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AppendError {
-    #[error("a write to the journal failed earlier; nothing is appended any more")]
+    #[error("the disk or the index failed earlier; nothing is appended any more")]
     ReadOnly,
     #[error("there is no room for another journal segment: the disk is full to its reserve, or refuses it")]
     Full,
@@ -131,6 +133,8 @@ pub enum AppendError {
 pub enum FlushError {
     #[error("write to segment {segment} at {position}: {message}")]
     Write { segment: u32, position: u64, message: String },
+    #[error("no segment could take over after a failed write: {message}")]
+    Roll { message: String },
     #[error("the index does not take what is durable: {0}")]
     Index(String),
     #[error("{bytes} bytes are too many for one block; at most {limit_bytes} fit")]
@@ -293,6 +297,8 @@ pub struct StoreFigures {
     pub ledgers_deleted: u64,
     pub index_batches: u64,
     pub read_only: bool,
+    /// How often a write failed and the journal went on in a fresh segment.
+    pub journal_rolls: u64,
 }
 
 /// The store of one shard. Clones share it. `T` is what the shard gives with each entry to recognise it by.
@@ -468,7 +474,8 @@ impl<I: Io, T: 'static> Store<I, T> {
         self.0.staging.borrow().bytes() + self.0.in_flight_bytes.get()
     }
 
-    /// No more entries are taken: a write to the journal or the index failed, or the store is sealed.
+    /// No more entries are taken: the index failed, or no segment could take over after a failed write to the journal,
+    /// or the store is sealed.
     pub fn is_read_only(&self) -> bool {
         self.0.journal.is_failed() || self.0.stopped.get()
     }
@@ -686,6 +693,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         (figures.segments, figures.segments_spare, figures.segments_recycled, figures.live_bytes) =
             inner.journal.figures();
         figures.read_only = self.is_read_only();
+        figures.journal_rolls = inner.journal.rolls();
         figures
     }
 }

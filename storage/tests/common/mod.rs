@@ -181,11 +181,21 @@ pub struct FaultyIo {
     pub writes_left: Rc<std::cell::Cell<Option<u32>>>,
     /// Seed of what is left of the writes that fail: all, some or nothing. `None`: nothing.
     pub tear: Rc<std::cell::Cell<Option<u64>>>,
+    /// Writes that fail before the disk is well again.
+    pub failures_left: Rc<std::cell::Cell<u32>>,
+    /// What the disk says it has left. `None`: the truth.
+    pub free_bytes: Rc<std::cell::Cell<Option<u64>>>,
 }
 
 impl FaultyIo {
     pub fn new() -> FaultyIo {
-        FaultyIo { disk: GlommioIo::new(), writes_left: Rc::default(), tear: Rc::default() }
+        FaultyIo {
+            disk: GlommioIo::new(),
+            writes_left: Rc::default(),
+            tear: Rc::default(),
+            failures_left: Rc::default(),
+            free_bytes: Rc::default(),
+        }
     }
 
     fn file(&self, file: <GlommioIo as Io>::File) -> FaultyFile {
@@ -239,7 +249,10 @@ impl Io for FaultyIo {
     }
 
     async fn free_bytes(&self, dir: &Path) -> std::io::Result<u64> {
-        self.disk.free_bytes(dir).await
+        match self.free_bytes.get() {
+            Some(bytes) => Ok(bytes),
+            None => self.disk.free_bytes(dir).await,
+        }
     }
 
     fn now(&self) -> Duration {
@@ -272,6 +285,11 @@ impl drava_storage::io::File for FaultyFile {
     type Read = <<GlommioIo as Io>::File as drava_storage::io::File>::Read;
 
     async fn write_at(&self, buffer: Rc<Self::Buffer>, position: u64) -> std::io::Result<()> {
+        if let Some(left) = self.io.failures_left.get().checked_sub(1) {
+            self.io.failures_left.set(left);
+            self.tear(&buffer, position).await?;
+            return Err(std::io::Error::from_raw_os_error(5));
+        }
         match self.io.writes_left.get() {
             Some(0) => {
                 self.tear(&buffer, position).await?;
