@@ -21,7 +21,7 @@ use drava_runtime::local::{Broadcast, Notify};
 
 use crate::block::BlockId;
 use crate::io::{ALIGNMENT, File, Io};
-use crate::segment::{self, CUTS_MAX, Cut, SegmentHeader, SegmentId};
+use crate::segment::{self, CUTS_MAX, Cut, SegmentHeader, SegmentId, SegmentKind};
 use crate::store::FlushError;
 
 /// Sealed segments kept open for readers.
@@ -62,6 +62,9 @@ pub(crate) struct Segment<F> {
     pub(crate) role: Role,
     /// Every byte of it was written once, so that writes to it change no metadata of the file system.
     pub(crate) filled: bool,
+    pub(crate) kind: SegmentKind,
+    /// The compactor reads from it: it is not used again before that ends, dead or not.
+    pub(crate) pinned: bool,
     /// What its header says of other segments.
     pub(crate) cuts: Vec<Cut>,
     /// A write to it failed. It is removed when nobody needs it, not written again.
@@ -357,7 +360,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
             return false;
         }
         let end = state.durable_end;
-        for segment in state.segments.iter_mut().flatten() {
+        for segment in state.segments.iter_mut().flatten().filter(|segment| segment.kind == SegmentKind::Journal) {
             match segment.role {
                 Role::Active | Role::Sealed if end.generation <= segment.generation => {
                     segment.role = Role::Sealed;
@@ -652,7 +655,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
             (state.generation, state.cuts_for(id, state.generation), state.rolls)
         };
         let mut buffer = self.io.buffer(ALIGNMENT);
-        segment::encode(&SegmentHeader { shard: self.config.shard, segment: id, generation }, buffer.as_mut());
+        let header = SegmentHeader { shard: self.config.shard, segment: id, generation, kind: SegmentKind::Journal };
+        segment::encode(&header, buffer.as_mut());
         segment::encode_cuts(&cuts, buffer.as_mut());
         file.write_at(Rc::new(buffer), 0).await?;
         let mut state = self.state.borrow_mut();
@@ -661,6 +665,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
         let segment = state.segments[id.0 as usize].as_mut().expect("found or made above");
         segment.generation = generation;
         segment.cuts.clone_from(&cuts);
+        segment.kind = SegmentKind::Journal;
         if rolled {
             // A write failed in the meantime, and this header does not say so.
             segment.role = Role::Spare;
@@ -718,6 +723,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
             last_sequence: 0,
             role: Role::Spare,
             filled: false,
+            kind: SegmentKind::Journal,
+            pinned: false,
             cuts: Vec::new(),
             suspect: false,
         });

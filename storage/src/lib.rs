@@ -18,6 +18,7 @@
 
 mod backlog;
 pub mod block;
+pub mod budget;
 mod cache;
 pub mod dump;
 mod flush;
@@ -35,6 +36,7 @@ mod stage;
 mod state;
 mod store;
 
+pub use budget::Budget;
 pub use index::{Index, IndexDb, IndexError};
 pub use io::Io;
 pub use io::glommio::GlommioIo;

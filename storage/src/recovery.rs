@@ -21,7 +21,7 @@ use crate::block::{self, BlockHeader, EXTENT_HEADER_BYTES, ExtentHeader, ExtentK
 use crate::index::Covered;
 use crate::io::{ALIGNMENT, File, Io};
 use crate::journal::{JournalEnd, Role, Segment};
-use crate::segment::{self, SegmentHeader, SegmentId};
+use crate::segment::{self, SegmentError, SegmentHeader, SegmentId, SegmentKind};
 use crate::store::{DamagedRange, OpenError, TornTail};
 
 const CHUNK_BYTES: usize = 1 << 20;
@@ -40,12 +40,12 @@ pub(crate) fn open_error(what: impl Into<String>) -> impl FnOnce(std::io::Error)
 }
 
 /// Opens the directory and reads the header of every segment. Segments whose header cannot be believed have
-/// generation 0: nothing is read from them and they are used again, unless `known` has a generation for them.
+/// generation 0: nothing is read from them and they are used again, unless `known` has generation and kind for them.
 pub(crate) async fn survey<I: Io>(
     io: &I,
     dir: &Path,
     shard: ShardId,
-    known: &dyn Fn(SegmentId) -> Option<u64>,
+    known: &dyn Fn(SegmentId) -> Option<(u64, SegmentKind)>,
 ) -> Result<Vec<Option<Segment<I::File>>>, OpenError> {
     io.create_dir(dir).await.map_err(open_error(format!("make {}", dir.display())))?;
     let files = io.list(dir).await.map_err(open_error(format!("list {}", dir.display())))?;
@@ -67,23 +67,25 @@ pub(crate) async fn survey<I: Io>(
                     let file = io.open(&path).await.map_err(open_error(format!("open {}", path.display())))?;
                     let head = file.read_at(0, ALIGNMENT).await;
                     let cuts = head.as_ref().map(|head| segment::decode_cuts(head));
-                    let generation = match head.as_ref().map(|head| segment::decode(head)) {
-                        Ok(Ok(None)) => 0,
-                        Ok(Ok(Some(header))) if header.shard == shard && header.segment == id => header.generation,
+                    let (generation, kind) = match head.as_ref().map(|head| segment::decode(head)) {
+                        Ok(Ok(None)) => (0, SegmentKind::Journal),
+                        Ok(Ok(Some(header))) if header.shard == shard && header.segment == id => {
+                            (header.generation, header.kind)
+                        }
                         Ok(Ok(Some(header))) => {
                             let reason = format!("it belongs to shard {} as {}", header.shard, header.segment);
                             return Err(OpenError::Segment { path, reason });
                         }
-                        Ok(Err(error @ segment::SegmentError::Version(_))) => {
+                        Ok(Err(error @ (SegmentError::Version(_) | SegmentError::Kind(_)))) => {
                             return Err(OpenError::Segment { path, reason: error.to_string() });
                         }
                         Ok(Err(error)) => {
                             tracing::error!(path = %path.display(), error = %error, "a segment header is unusable");
-                            known(id).unwrap_or(0)
+                            known(id).unwrap_or_default()
                         }
                         Err(error) => {
                             tracing::error!(path = %path.display(), error = %error, "a segment header is unreadable");
-                            known(id).unwrap_or(0)
+                            known(id).unwrap_or_default()
                         }
                     };
                     let cuts = match cuts {
@@ -105,6 +107,8 @@ pub(crate) async fn survey<I: Io>(
                         last_sequence: 0,
                         role,
                         filled,
+                        kind,
+                        pinned: false,
                         cuts,
                         suspect: false,
                     };
@@ -206,7 +210,9 @@ pub(crate) async fn replay<I: Io>(
     let mut order: Vec<(u64, SegmentId)> = segments
         .iter()
         .enumerate()
-        .filter_map(|(index, segment)| Some((segment.as_ref()?.generation, SegmentId(index as u32))))
+        .filter_map(|(index, segment)| Some((segment.as_ref()?, SegmentId(index as u32))))
+        .filter(|(segment, _)| segment.kind == SegmentKind::Journal)
+        .map(|(segment, id)| (segment.generation, id))
         .filter(|(generation, _)| 0 < *generation)
         .collect();
     order.sort_unstable();
@@ -357,7 +363,8 @@ async fn retire<I: Io>(
     if holds_blocks {
         segment.generation = highest + 1;
         let mut buffer = io.buffer(ALIGNMENT);
-        let header = SegmentHeader { shard, segment: listed.1, generation: segment.generation };
+        let (generation, kind) = (segment.generation, segment.kind);
+        let header = SegmentHeader { shard, segment: listed.1, generation, kind };
         segment::encode(&header, buffer.as_mut());
         segment::encode_cuts(&segment.cuts, buffer.as_mut());
         let written = reader.file.write_at(Rc::new(buffer), 0).await;
