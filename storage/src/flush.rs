@@ -30,8 +30,8 @@ const HOUSEKEEPING_BITE: usize = 256;
 
 /// A block in flight.
 pub(crate) struct Flushing<I: Io, T> {
-    group: Group<T>,
-    block: Block<I>,
+    pub(crate) group: Group<T>,
+    pub(crate) block: Block<I>,
 }
 
 /// What the next index batch has, and how the last ones went.
@@ -61,7 +61,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
             self.woken.notified().await;
             loop {
                 let completed = self.complete(&sink);
-                let started = self.start_flush(&mut row);
+                let started = self.start_flush(&mut row) || self.start_mark();
                 if !completed && !started {
                     break;
                 }
@@ -161,11 +161,17 @@ impl<I: Io, T: 'static> Inner<I, T> {
         let Flushing { mut group, block } = completed.payload;
         let placement = completed.placement;
         let sequence = placement.id.sequence;
+        let is_mark = group.extents.is_empty();
         let mut figures = self.figures.get();
-        figures.flushes += 1;
-        figures.flushed_bytes += completed.block_bytes;
-        figures.flush_micros_total += completed.took.as_micros() as u64;
-        self.in_flight_bytes.set(self.in_flight_bytes.get() - group.body_bytes as u64);
+        if !is_mark {
+            figures.flushes += 1;
+            figures.flushed_bytes += completed.block_bytes;
+            figures.flush_micros_total += completed.took.as_micros() as u64;
+            self.unvouched.notify();
+        }
+        if !is_mark {
+            self.in_flight_bytes.set(self.in_flight_bytes.get() - group.body_bytes as u64);
+        }
 
         let mut partitions = self.partitions.borrow_mut();
         let mut indexing = self.indexing.borrow_mut();
@@ -226,7 +232,8 @@ impl<I: Io, T: 'static> Inner<I, T> {
         }
         self.journal.add_live(placement.segment, live_bytes);
         indexing.covered = Covered { end: completed.end, sealed: false };
-        indexing.changed = true;
+        // The index has nothing to learn of a mark.
+        indexing.changed |= !is_mark;
         indexing.bytes += completed.block_bytes;
         indexing.unflushed_bytes += completed.block_bytes;
         if INDEX_EXTENTS_MIN <= indexing.batch.extents.len() || INDEX_BYTES_MIN <= indexing.bytes {
@@ -243,7 +250,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         let Some(body_bytes) = staging.front_bytes() else { return false };
         let in_flight = self.journal.in_flight();
         let enough = in_flight == 0 || self.config.flush_bytes_min as u64 <= staging.bytes();
-        if !enough || self.config.flushes_in_flight_max <= in_flight {
+        if !enough || self.config.flushes_in_flight_max <= in_flight || self.journal.is_marking() {
             return false;
         }
         let mut block_bytes = pool::class_bytes(body_bytes);

@@ -152,6 +152,10 @@ struct State<I: Io, P> {
     /// A write failed and the next segment is not ready yet.
     rolling: Option<Roll>,
     rolls: u64,
+    /// A durable block says that all up to this one were durable.
+    vouched_sequence: u64,
+    /// The last block that holds nothing.
+    mark_sequence: u64,
 }
 
 /// The blocks that the segment which takes over will cut off.
@@ -211,6 +215,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 cuts,
                 rolling: None,
                 rolls: 0,
+                vouched_sequence: 0,
+                mark_sequence: 0,
             }),
             woken,
             wanted: Notify::default(),
@@ -340,6 +346,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
             Ok(()) => {
                 state.durable_sequence = entry.completed.placement.id.sequence;
                 state.durable_end = entry.completed.end;
+                state.vouched_sequence = entry.completed.placement.id.durable_sequence;
                 Some(Ok(entry.completed))
             }
             Err(error) => {
@@ -378,8 +385,36 @@ impl<I: Io, P: 'static> Journal<I, P> {
         (state.active, state.prepared) = (None, None);
         (state.segment_wanted, state.leave_active) = (true, false);
         (state.next_sequence, state.previous_crc) = (end.next_sequence, end.previous_crc);
+        state.mark_sequence = state.mark_sequence.min(state.durable_sequence);
         self.wanted.notify();
         true
+    }
+
+    /// Whether the last block holds something, and nothing says that it was durable.
+    pub(crate) fn wants_mark(&self) -> bool {
+        let state = self.state.borrow();
+        let last = state.durable_sequence;
+        state.failed.is_none()
+            && state.rolling.is_none()
+            && state.next_sequence == last + 1
+            && state.vouched_sequence.max(state.covered_sequence) < last
+            && state.mark_sequence != last
+    }
+
+    /// For how long nothing was written.
+    pub(crate) fn quiet_for(&self) -> Duration {
+        self.io.now().saturating_sub(self.state.borrow().written_at)
+    }
+
+    /// The block `sequence`, which is in flight, is a mark.
+    pub(crate) fn mark_written(&self, sequence: u64) {
+        self.state.borrow_mut().mark_sequence = sequence;
+    }
+
+    /// Whether a mark is in flight.
+    pub(crate) fn is_marking(&self) -> bool {
+        let state = self.state.borrow();
+        state.durable_sequence < state.mark_sequence && !state.in_flight.is_empty()
     }
 
     /// How often a write failed and the journal went on in another segment.

@@ -200,6 +200,8 @@ pub(crate) async fn open<I: Io, T: 'static>(
         progress: Broadcast::default(),
         stopped: Cell::new(false),
         sink: RefCell::new(None),
+        unvouched: Notify::default(),
+        mark_wanted: Cell::new(false),
         journal,
         index,
         config,

@@ -64,7 +64,7 @@ pub(crate) struct Group<T> {
 }
 
 impl<T> Group<T> {
-    fn new() -> Group<T> {
+    pub(crate) fn new() -> Group<T> {
         Group {
             number: 0,
             entries: Vec::new(),

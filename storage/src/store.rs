@@ -53,6 +53,9 @@ pub struct StoreConfig {
     pub disk_reserve_bytes: u64,
     /// Whether the checksum of every batch is compared when it is read from disk.
     pub verify_reads: bool,
+    /// After so long without a write an empty block follows the last one, so that damage at rest in the last one is told
+    /// from a torn tail. `None`: never.
+    pub mark_after: Option<Duration>,
 }
 
 impl Default for StoreConfig {
@@ -72,6 +75,7 @@ impl Default for StoreConfig {
             index_flush_bytes: 128 << 20,
             disk_reserve_bytes: 1 << 30,
             verify_reads: true,
+            mark_after: Some(Duration::from_millis(100)),
         }
     }
 }
@@ -341,6 +345,9 @@ pub(crate) struct Inner<I: Io, T: 'static> {
     pub(crate) progress: Broadcast,
     pub(crate) stopped: Cell<bool>,
     pub(crate) sink: RefCell<Option<Sink<T>>>,
+    /// A block became durable that no later one vouches for.
+    pub(crate) unvouched: Notify,
+    pub(crate) mark_wanted: Cell<bool>,
 }
 
 #[derive(Default)]
@@ -378,6 +385,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         inner.io.spawn(inner.clone().run_flusher(sink.clone()));
         inner.io.spawn(inner.clone().run_indexer(sink));
         inner.io.spawn(inner.clone().run_housekeeping());
+        inner.io.spawn(inner.clone().run_marker());
         inner.io.spawn(inner.journal.clone().run());
         inner.woken.notify();
     }
@@ -679,6 +687,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         inner.journal.stop();
         inner.woken.notify();
         inner.index_woken.notify();
+        inner.unvouched.notify();
         sealed
     }
 
@@ -690,6 +699,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         inner.journal.fail(FlushError::Stopped);
         inner.journal.stop();
         inner.index_woken.notify();
+        inner.unvouched.notify();
         inner.journal.quiesced().await;
         inner.index.stop().await;
     }

@@ -445,6 +445,43 @@ fn offsets_lost_to_damage_are_not_given_out_again() {
     }
 }
 
+#[test]
+fn damage_in_the_last_acked_block_is_damage_once_the_journal_was_quiet() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = StoreConfig { mark_after: Some(std::time::Duration::from_millis(20)), ..small(dir.path()) };
+    let is_mark = |kind: &ItemKind| matches!(kind, ItemKind::Block(header) if header.extent_count == 0);
+    run(async {
+        let f = open(dir.path(), config.clone()).await;
+        let slot = slot(&f, 1);
+        for burst in 1..=2 {
+            for seed in 0..3 {
+                f.append(slot, seed, 1, 100);
+            }
+            f.flushed(burst * 3).await;
+            drava_runtime::time::sleep(std::time::Duration::from_millis(20)).await;
+            while items(dir.path(), is_mark).len() < burst {
+                drava_runtime::time::sleep(std::time::Duration::from_millis(1)).await;
+            }
+        }
+        drava_runtime::time::sleep(std::time::Duration::from_millis(100)).await;
+        let figures = f.store.figures();
+        let blocks = items(dir.path(), is_block).len() as u64;
+        assert_eq!(items(dir.path(), is_mark).len(), 2, "none follows a mark");
+        assert_eq!(figures.flushes, blocks - 2, "marks are not counted");
+        assert_eq!(f.read_all(slot, 0).await.0.len(), 6);
+        f.store.close().await;
+    });
+    let blocks = items(dir.path(), |kind| is_block(kind) && !is_mark(kind));
+    let (path, position) = blocks.last().unwrap();
+    flip(path, position + 70);
+    run(async {
+        let f = open(dir.path(), config.clone()).await;
+        assert_eq!((f.recovered.damaged.len(), f.recovered.torn), (1, None));
+        assert_eq!(f.recovered.damaged[0].start_position, *position);
+        f.store.close().await;
+    });
+}
+
 /// Stops in the middle of writes again and again: what was in flight is there, in part, or not at all.
 #[test]
 fn no_acked_entry_is_lost_when_writes_tear() {

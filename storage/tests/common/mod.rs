@@ -57,6 +57,8 @@ pub fn small(dir: &Path) -> StoreConfig {
         flush_bytes_min: 16 << 10,
         cache_bytes: 1 << 20,
         disk_reserve_bytes: 0,
+        // Tests count blocks.
+        mark_after: None,
         ..StoreConfig::default()
     }
 }
