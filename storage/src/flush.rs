@@ -13,9 +13,9 @@ use crate::index::{Covered, ExtentRow, IndexBatch};
 use crate::io::{ALIGNMENT, Io};
 use crate::journal::Completed;
 use crate::pool::{self, Block};
-use crate::stage::Group;
+use crate::stage::{Group, StagedExtent};
 use crate::state::{RowChange, StateBatch};
-use crate::store::{FlushError, FlushSink, Inner};
+use crate::store::{FlushError, FlushSink, Inner, Partitions};
 
 /// An index batch goes out when it has this many extents,
 const INDEX_EXTENTS_MIN: usize = 1024;
@@ -30,8 +30,8 @@ const HOUSEKEEPING_BITE: usize = 256;
 
 /// A block in flight.
 pub(crate) struct Flushing<I: Io, T> {
-    group: Group<T>,
-    block: Block<I>,
+    pub(crate) group: Group<T>,
+    pub(crate) block: Block<I>,
 }
 
 /// What the next index batch has, and how the last ones went.
@@ -61,7 +61,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
             self.woken.notified().await;
             loop {
                 let completed = self.complete(&sink);
-                let started = self.start_flush(&mut row);
+                let started = self.start_flush(&mut row) || self.start_mark();
                 if !completed && !started {
                     break;
                 }
@@ -75,7 +75,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         match self.journal.completed() {
             None => {
                 if let Some(error) = self.journal.failed().filter(|_| !self.staging.borrow().is_empty()) {
-                    self.fail_staged(&error, sink);
+                    self.give_up(&error, None, sink);
                 }
                 false
             }
@@ -92,28 +92,68 @@ impl<I: Io, T: 'static> Inner<I, T> {
                 self.progress.notify_all();
                 true
             }
-            Some(Err((error, mut flushing))) => {
-                tracing::error!(shard = self.config.shard.0, error = %error, "a flush failed; the shard takes no more entries");
-                sink.borrow_mut().failed(&mut flushing.group.tokens, &error);
-                self.fail_staged(&error, sink);
-                self.progress.notify_all();
+            Some(Err((error, flushing))) => {
+                self.give_up(&error, Some(flushing), sink);
                 true
             }
         }
     }
 
-    fn fail_staged(&self, error: &FlushError, sink: &Rc<RefCell<dyn FlushSink<T>>>) {
-        // Blocks in flight come first: their tokens are older.
-        while let Some(Err((error, mut flushing))) = self.journal.completed() {
-            sink.borrow_mut().failed(&mut flushing.group.tokens, &error);
+    /// After a failed write: gives back all that is in flight or staged, takes the partitions back to what is durable,
+    /// and lets the journal roll if it can. Rows of state go on their way again then: the shard has acted on them.
+    fn give_up(&self, error: &FlushError, first: Option<Flushing<I, T>>, sink: &Rc<RefCell<dyn FlushSink<T>>>) {
+        let mut lost: Vec<Group<T>> = first.into_iter().map(|flushing| flushing.group).collect();
+        while let Some(Err((_, flushing))) = self.journal.completed() {
+            lost.push(flushing.group);
         }
-        loop {
-            let group = self.staging.borrow_mut().take_front();
-            let Some(mut group) = group else { break };
-            sink.borrow_mut().failed(&mut group.tokens, error);
-        }
+        lost.extend(std::iter::from_fn(|| self.staging.borrow_mut().take_front()));
         self.in_flight_bytes.set(0);
+        let mut partitions = self.partitions.borrow_mut();
+        for extent in lost.iter().flat_map(|group| &group.extents) {
+            partitions.list[extent.partition_index as usize].roll_back();
+        }
+        let rolls = self.journal.roll();
+        tracing::error!(
+            shard = self.config.shard.0,
+            error = %error,
+            blocks = lost.len(),
+            read_only = !rolls,
+            "a write failed; what was in flight is given up"
+        );
+        let mut tokens = Vec::new();
+        for mut group in lost {
+            tokens.append(&mut group.tokens);
+            if rolls {
+                self.stage_rows_again(&mut group, &mut partitions);
+            }
+        }
+        drop(partitions);
+        if !tokens.is_empty() {
+            sink.borrow_mut().failed(&mut tokens, error);
+            assert!(tokens.is_empty(), "the sink drains its tokens");
+        }
         self.progress.notify_all();
+    }
+
+    fn stage_rows_again(&self, group: &mut Group<T>, partitions: &mut Partitions) {
+        let mut staging = self.staging.borrow_mut();
+        let mut waiters = std::mem::take(&mut group.waiters);
+        for index in 0..group.extents.len() {
+            let StagedExtent { partition_index, ref header, .. } = group.extents[index];
+            if header.kind != ExtentKind::State {
+                continue;
+            }
+            let partition = &mut partitions.list[partition_index as usize];
+            group.take_rows(index, |change| {
+                // Retention decides anew about a trim.
+                if !matches!(change, RowChange::Trim(_)) {
+                    staging.row(partition.partition, partition_index, change, &mut partition.state_chain);
+                }
+            });
+        }
+        if let Some(last) = staging.back() {
+            last.waiters.append(&mut waiters);
+        }
     }
 
     /// Makes the entries of a durable block readable and notes what the index must learn.
@@ -121,11 +161,17 @@ impl<I: Io, T: 'static> Inner<I, T> {
         let Flushing { mut group, block } = completed.payload;
         let placement = completed.placement;
         let sequence = placement.id.sequence;
+        let is_mark = group.extents.is_empty();
         let mut figures = self.figures.get();
-        figures.flushes += 1;
-        figures.flushed_bytes += completed.block_bytes;
-        figures.flush_micros_total += completed.took.as_micros() as u64;
-        self.in_flight_bytes.set(self.in_flight_bytes.get() - group.body_bytes as u64);
+        if !is_mark {
+            figures.flushes += 1;
+            figures.flushed_bytes += completed.block_bytes;
+            figures.flush_micros_total += completed.took.as_micros() as u64;
+            self.unvouched.notify();
+        }
+        if !is_mark {
+            self.in_flight_bytes.set(self.in_flight_bytes.get() - group.body_bytes as u64);
+        }
 
         let mut partitions = self.partitions.borrow_mut();
         let mut indexing = self.indexing.borrow_mut();
@@ -186,7 +232,8 @@ impl<I: Io, T: 'static> Inner<I, T> {
         }
         self.journal.add_live(placement.segment, live_bytes);
         indexing.covered = Covered { end: completed.end, sealed: false };
-        indexing.changed = true;
+        // The index has nothing to learn of a mark.
+        indexing.changed |= !is_mark;
         indexing.bytes += completed.block_bytes;
         indexing.unflushed_bytes += completed.block_bytes;
         if INDEX_EXTENTS_MIN <= indexing.batch.extents.len() || INDEX_BYTES_MIN <= indexing.bytes {
@@ -203,7 +250,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         let Some(body_bytes) = staging.front_bytes() else { return false };
         let in_flight = self.journal.in_flight();
         let enough = in_flight == 0 || self.config.flush_bytes_min as u64 <= staging.bytes();
-        if !enough || self.config.flushes_in_flight_max <= in_flight {
+        if !enough || self.config.flushes_in_flight_max <= in_flight || self.journal.is_marking() {
             return false;
         }
         let mut block_bytes = pool::class_bytes(body_bytes);

@@ -34,6 +34,7 @@ pub mod io;
 mod journal;
 mod ledger;
 mod managed_ledger;
+mod mark;
 mod open;
 mod pool;
 mod record_log;

@@ -140,6 +140,14 @@ impl ManagedLedger {
         self.tail.get(index).filter(|extent| extent.first_offset <= offset).map(|_| index)
     }
 
+    /// Forgets what was staged or in flight: it will not become durable. The next entry starts a ledger of its own, so
+    /// that no place in a ledger is given out twice.
+    pub(crate) fn roll_back(&mut self) {
+        self.next_offset = self.end_offset;
+        self.writer = Writer::after(self.writer.sequence);
+        self.trimming = false;
+    }
+
     /// The ledgers that retention lets go now.
     pub(crate) fn expired(&mut self, now_ms: u64) -> Option<Trim> {
         if !self.opened || self.deleted || self.trimming {

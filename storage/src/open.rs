@@ -209,6 +209,8 @@ pub(crate) async fn open<I: Io, T: 'static>(
         compactor: Compactor::new(config.compaction_bytes_per_s),
         damage: RefCell::new(damage),
         scrub: RefCell::new(scrub),
+        unvouched: Notify::default(),
+        mark_wanted: Cell::new(false),
         journal,
         index,
         config,

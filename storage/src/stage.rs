@@ -64,7 +64,7 @@ pub(crate) struct Group<T> {
 }
 
 impl<T> Group<T> {
-    fn new() -> Group<T> {
+    pub(crate) fn new() -> Group<T> {
         Group {
             number: 0,
             entries: Vec::new(),
@@ -132,6 +132,11 @@ impl<T> Staging<T> {
         let group = self.groups.pop_front()?;
         self.bytes -= group.body_bytes as u64;
         Some(group)
+    }
+
+    /// The newest group.
+    pub(crate) fn back(&mut self) -> Option<&mut Group<T>> {
+        self.groups.back_mut()
     }
 
     /// Takes a group back for its memory.

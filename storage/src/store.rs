@@ -68,6 +68,9 @@ pub struct StoreConfig {
     pub scrub_bytes_per_s: u64,
     /// The scrubber begins anew so long after it began, at the earliest.
     pub scrub_interval: Duration,
+    /// After so long without a write an empty block follows the last one, so that damage at rest in the last one is told
+    /// from a torn tail. `None`: never.
+    pub mark_after: Option<Duration>,
 }
 
 impl Default for StoreConfig {
@@ -93,6 +96,7 @@ impl Default for StoreConfig {
             compaction_fragment_bytes: 64 << 10,
             scrub_bytes_per_s: 8 << 20,
             scrub_interval: Duration::from_secs(7 * 86_400),
+            mark_after: Some(Duration::from_millis(100)),
         }
     }
 }
@@ -101,7 +105,9 @@ impl Default for StoreConfig {
 pub trait FlushSink<T> {
     /// The entries of these tokens are durable and readable, in append order. Drained by the callee.
     fn flushed(&mut self, tokens: &mut Vec<T>);
-    /// Whether these entries are on disk is not known. Drained by the callee. Nothing is flushed after this.
+    /// Whether these entries are on disk is not known; they will never be readable, and their offsets are given out
+    /// again. Drained by the callee. Everything that was staged or in flight fails in the same call. What is appended
+    /// from then on is flushed as usual unless the store [is read-only](Store::is_read_only).
     fn failed(&mut self, tokens: &mut Vec<T>, error: &FlushError);
     /// Asks for the state derived from all entries flushed so far, as far as it changed since the last call.
     fn collect_state(&mut self, out: &mut StateBatch);
@@ -139,7 +145,7 @@ pub struct NewEntry {
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AppendError {
-    #[error("a write to the journal failed earlier; nothing is appended any more")]
+    #[error("the disk or the index failed earlier; nothing is appended any more")]
     ReadOnly,
     #[error("there is no room for another journal segment: the disk is full to its reserve, or refuses it")]
     Full,
@@ -155,6 +161,8 @@ pub enum AppendError {
 pub enum FlushError {
     #[error("write to segment {segment} at {position}: {message}")]
     Write { segment: u32, position: u64, message: String },
+    #[error("no segment could take over after a failed write: {message}")]
+    Roll { message: String },
     #[error("the index does not take what is durable: {0}")]
     Index(String),
     #[error("{bytes} bytes are too many for one block; at most {limit_bytes} fit")]
@@ -337,6 +345,8 @@ pub struct StoreFigures {
     pub scrubbed_bytes: u64,
     /// Passes of the scrubber that came to their end.
     pub scrub_passes: u64,
+    /// How often a write failed and the journal went on in a fresh segment.
+    pub journal_rolls: u64,
 }
 
 /// The store of one shard. Clones share it. `T` is what the shard gives with each entry to recognise it by.
@@ -373,6 +383,9 @@ pub(crate) struct Inner<I: Io, T: 'static> {
     pub(crate) compactor: Compactor,
     pub(crate) damage: RefCell<Registry>,
     pub(crate) scrub: RefCell<Scrub>,
+    /// A block became durable that no later one vouches for.
+    pub(crate) unvouched: Notify,
+    pub(crate) mark_wanted: Cell<bool>,
 }
 
 #[derive(Default)]
@@ -411,6 +424,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         inner.io.spawn(inner.clone().run_indexer(sink));
         inner.io.spawn(inner.clone().run_housekeeping());
         inner.io.spawn(inner.clone().run_compactor());
+        inner.io.spawn(inner.clone().run_marker());
         inner.io.spawn(inner.journal.clone().run());
         inner.io.spawn(inner.clone().run_scrubber());
         inner.woken.notify();
@@ -517,7 +531,8 @@ impl<I: Io, T: 'static> Store<I, T> {
         self.0.staging.borrow().bytes() + self.0.in_flight_bytes.get()
     }
 
-    /// No more entries are taken: a write to the journal or the index failed, or the store is sealed.
+    /// No more entries are taken: the index failed, or no segment could take over after a failed write to the journal,
+    /// or the store is sealed.
     pub fn is_read_only(&self) -> bool {
         self.0.journal.is_failed() || self.0.stopped.get()
     }
@@ -718,6 +733,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         inner.journal.stop();
         inner.woken.notify();
         inner.index_woken.notify();
+        inner.unvouched.notify();
         sealed
     }
 
@@ -729,6 +745,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         inner.journal.fail(FlushError::Stopped);
         inner.journal.stop();
         inner.index_woken.notify();
+        inner.unvouched.notify();
         inner.journal.quiesced().await;
         inner.index.stop().await;
     }
@@ -747,6 +764,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         figures.compaction_dropped_bytes = compaction.dropped_bytes;
         figures.fragmented_segments = compaction.fragmented_segments;
         (figures.damaged_ranges, figures.damaged_messages) = inner.damage.borrow().count();
+        figures.journal_rolls = inner.journal.rolls();
         figures
     }
 }
