@@ -18,7 +18,9 @@
 
 mod backlog;
 pub mod block;
+pub mod budget;
 mod cache;
+mod damage;
 pub mod dump;
 mod flush;
 pub mod index;
@@ -30,11 +32,14 @@ mod open;
 mod pool;
 mod record_log;
 mod recovery;
+mod scrub;
 pub mod segment;
 mod stage;
 mod state;
 mod store;
 
+pub use budget::Budget;
+pub use damage::{Damage, DamagedMessages, DamagedPlace, FoundBy};
 pub use index::{Index, IndexDb, IndexError};
 pub use io::Io;
 pub use io::glommio::GlommioIo;
