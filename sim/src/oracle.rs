@@ -125,7 +125,8 @@ impl Partition {
 
     /// Where retention may go to: nowhere without limits, and no further than the lowest cursor.
     fn start_max(&self) -> u64 {
-        if self.limits.retention_age.is_none() && self.limits.retention_bytes.is_none() {
+        let limits = &self.limits;
+        if limits.retention_age.is_none() && limits.retention_bytes.is_none() && !limits.trim_consumed {
             return 0;
         }
         self.floor.unwrap_or(u64::MAX).min(self.promised_end())

@@ -82,6 +82,9 @@ fn store_config(random: &Random) -> StoreConfig {
         index_flush_bytes: *random.pick(&[16 << 10, 128 << 10, 1 << 20]),
         disk_reserve_bytes: 64 << 10,
         verify_reads: true,
+        scrub_bytes_per_s: *random.pick(&[0, 64 << 10, 10 << 20]),
+        scrub_interval: Duration::from_secs(*random.pick(&[1, 20])),
+        ..StoreConfig::default()
     }
 }
 
@@ -475,6 +478,8 @@ impl Session {
             retention_age: random.one_in(3).then(|| Duration::from_secs(random.in_range(2..20))),
             retention_bytes: random.one_in(2).then(|| random.in_range(8..64) << 10),
             cache_bytes: random.one_in(3).then_some(8 << 10),
+            trim_consumed: random.one_in(3),
+            ..PartitionLimits::default()
         };
         run.world.event(format_args!("{id} {limits:?}"));
         let clients = (0..random.in_range(1..3)).map(|_| {
