@@ -110,6 +110,7 @@ impl FileState {
         if durable {
             let write = writes.remove(index);
             self.put(write.position, &write.data);
+            cover(&mut writes, write.position, &write.data);
         } else {
             writes[index].visible = true;
         }
@@ -120,7 +121,7 @@ impl FileState {
         let mut writes = self.writes.borrow_mut();
         let Some(index) = writes.iter().position(|write| write.number == number) else { return };
         let write = writes.remove(index);
-        self.put_some(&write, random, sector_bytes);
+        self.put_some(&write, random, sector_bytes, &mut writes);
     }
 
     pub fn sync(&self) {
@@ -147,7 +148,7 @@ impl FileState {
     }
 
     /// All sectors, none, or some of them.
-    fn put_some(&self, write: &Write, random: &Random, sector_bytes: usize) {
+    fn put_some(&self, write: &Write, random: &Random, sector_bytes: usize, older: &mut [Write]) {
         let kind = random.below(4);
         for (index, sector) in write.data.chunks(sector_bytes).enumerate() {
             let kept = match kind {
@@ -157,6 +158,7 @@ impl FileState {
             };
             if kept {
                 self.put(write.position + index * sector_bytes, sector);
+                cover(older, write.position + index * sector_bytes, sector);
             }
         }
     }
@@ -164,7 +166,7 @@ impl FileState {
     /// The power fails.
     fn lose_power(&self, random: &Random, sector_bytes: usize) {
         for write in self.writes.take() {
-            self.put_some(&write, random, sector_bytes);
+            self.put_some(&write, random, sector_bytes, &mut []);
         }
     }
 
@@ -189,6 +191,18 @@ impl FileState {
     /// Changes what is on the media behind everybody's back.
     pub fn damage(&self, change: impl FnOnce(&mut [u8])) {
         change(&mut self.bytes.borrow_mut());
+    }
+}
+
+/// What is on the media now is newer than what older writes have there.
+fn cover(writes: &mut [Write], position: usize, data: &[u8]) {
+    for write in writes.iter_mut().filter(|write| write.visible) {
+        let from = write.position.max(position);
+        let to = (write.position + write.data.len()).min(position + data.len());
+        if from < to {
+            write.data[from - write.position..to - write.position]
+                .copy_from_slice(&data[from - position..to - position]);
+        }
     }
 }
 
