@@ -504,11 +504,11 @@ impl Session {
         self.readers.borrow_mut().remove(&id);
         run.world.event(format_args!("drop {id}"));
         run.oracle.borrow_mut().partitions.get_mut(&id).expect("a known partition").life = Life::Dropping;
-        run.producers.borrow_mut().remove(&id);
         run.world.executor.clone().spawn(async move {
             let dropped = store.delete_partition(slot).await;
             run.world.event(format_args!("dropped {id}: {dropped:?}"));
             if dropped.is_ok() {
+                run.producers.borrow_mut().remove(&id);
                 run.oracle.borrow_mut().partitions.get_mut(&id).expect("a known partition").life = Life::Dropped;
             }
         });

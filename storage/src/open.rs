@@ -189,6 +189,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
             generation: 0,
             wanted: pending,
             flush_wanted: pending,
+            released: BTreeMap::new(),
         }),
         figures: Cell::new(StoreFigures::default()),
         in_flight_bytes: Cell::new(0),

@@ -63,7 +63,7 @@ pub(crate) async fn survey<I: Io>(
                     }
                     let file = io.open(&path).await.map_err(open_error(format!("open {}", path.display())))?;
                     let head = file.read_at(0, ALIGNMENT).await;
-                    let (generation, kind) = match head.as_ref().map(|head| segment::decode(head)) {
+                    let (generation, kind) = match head.map(|head| segment::decode(&head)) {
                         Ok(Ok(None)) => (0, SegmentKind::Journal),
                         Ok(Ok(Some(header))) if header.shard == shard && header.segment == id => {
                             (header.generation, header.kind)
@@ -79,9 +79,10 @@ pub(crate) async fn survey<I: Io>(
                             tracing::error!(path = %path.display(), error = %error, "a segment header is unusable");
                             known(id).unwrap_or_default()
                         }
+                        // It may hold what was acknowledged. Whoever cannot read it must not take it for empty.
                         Err(error) => {
-                            tracing::error!(path = %path.display(), error = %error, "a segment header is unreadable");
-                            known(id).unwrap_or_default()
+                            let what = format!("read the header of {}", path.display());
+                            known(id).ok_or(OpenError::Io { what, source: error })?
                         }
                     };
                     let role = if generation == 0 { Role::Spare } else { Role::Sealed };
