@@ -5,6 +5,7 @@
 //! So one writer alone waits for nobody, and many writers share a write without a timer.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use crate::index::{Covered, ExtentRow, IndexBatch};
 use crate::io::{ALIGNMENT, Io};
 use crate::journal::Completed;
 use crate::pool::{self, Block};
+use crate::segment::SegmentId;
 use crate::stage::{Group, StagedExtent};
 use crate::state::{RowChange, StateBatch};
 use crate::store::{FlushError, FlushSink, Inner, Partitions};
@@ -52,6 +54,9 @@ pub(crate) struct Indexing {
     pub(crate) generation: u64,
     pub(crate) wanted: bool,
     pub(crate) flush_wanted: bool,
+    /// Bytes that the index has let go since it was last made durable. Until then a crash brings the rows back that point
+    /// to them, so they keep their segments.
+    pub(crate) released: BTreeMap<SegmentId, u64>,
 }
 
 impl<I: Io, T: 'static> Inner<I, T> {
@@ -349,18 +354,22 @@ impl<I: Io, T: 'static> Inner<I, T> {
             (batch, unflushed_bytes, indexing.covered.end.next_sequence.saturating_sub(1))
         };
         let applied = self.index.apply(batch).await.map_err(|error| FlushError::Index(error.to_string()))?;
-        for (segment, bytes) in applied.released {
-            self.journal.remove_live(segment, bytes);
-        }
         let mut figures = self.figures.get();
         figures.index_batches += 1;
         self.figures.set(figures);
         let mut indexing = self.indexing.borrow_mut();
         indexing.indexed_sequence = indexing.indexed_sequence.max(covered_sequence);
+        for (segment, bytes) in applied.released {
+            *indexing.released.entry(segment).or_default() += bytes;
+        }
         if applied.flushed {
             indexing.flushed_at = self.io.now();
             indexing.unflushed = false;
+            let released = std::mem::take(&mut indexing.released);
             drop(indexing);
+            for (segment, bytes) in released {
+                self.journal.remove_live(segment, bytes);
+            }
             self.journal.set_covered(covered_sequence);
         } else {
             indexing.unflushed_bytes += unflushed_bytes;

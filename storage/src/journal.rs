@@ -204,7 +204,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
         let mut active = None;
         if let Some(end) = end {
             let slot = segments.get_mut(end.segment.0 as usize).and_then(Option::as_mut);
-            if let Some(segment) = slot.filter(|segment| segment.generation == end.generation) {
+            // Generation 0 is a segment that was made and not used: the node died before its header was written.
+            if let Some(segment) = slot.filter(|segment| 0 < end.generation && segment.generation == end.generation) {
                 segment.role = Role::Active;
                 active = Some((end.segment, end.position));
             }
@@ -749,7 +750,11 @@ impl<I: Io, P: 'static> Journal<I, P> {
         let state = &mut *state;
         // A new journal starts in a segment that was merely allocated. Once there is a written one it moves over,
         // unless it has come too far to leave the rest of the segment empty.
-        let filled = state.segments.iter().flatten().any(|segment| segment.role == Role::Spare && segment.filled);
+        // One of another size, from before a change of the configuration, is never taken.
+        let filled =
+            state.segments.iter().flatten().any(|segment| {
+                segment.role == Role::Spare && segment.filled && segment.bytes == self.config.segment_bytes
+            });
         if let Some(id) = state.prepared {
             let segment = state.segments[id.0 as usize].as_mut().expect("a prepared segment exists");
             if segment.filled || !filled {
@@ -787,7 +792,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
         let state = self.state.borrow();
         let dead = |segment: &&Option<Segment<I::File>>| segment.as_ref().is_some_and(|s| state.is_dead(s));
         let odd = state.segments.iter().position(|segment| {
-            segment.as_ref().is_some_and(|s| state.is_dead(s) && s.bytes != self.config.segment_bytes)
+            let unused = |s: &Segment<I::File>| s.role == Role::Spare || state.is_dead(s);
+            segment.as_ref().is_some_and(|s| unused(s) && s.bytes != self.config.segment_bytes)
         });
         let kept = if self.is_quiet() { DEAD_KEPT } else { DEAD_KEPT_BUSY };
         let many = self.config.segments_spare + kept < state.segments.iter().filter(dead).count();

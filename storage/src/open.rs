@@ -98,34 +98,29 @@ pub(crate) async fn open<I: Io, T: 'static>(
     let rebuilt = covered.is_none() && 0 < replayed.blocks;
     let end = replayed.end.unwrap_or(JournalEnd { next_sequence: 1, ..JournalEnd::default() });
 
-    let Replay { mut partitions, state, mut batches, index: mut batch, .. } = replay;
+    let Replay { mut partitions, state, mut batches, index: batch, .. } = replay;
     let mut state = state;
-    let mut touched: Vec<(PartitionId, u32)> = batch.extents.iter().map(|(id, row)| (*id, row.ledger)).collect();
-    touched.sort_unstable();
-    touched.dedup();
-    for &(id, ledger) in &touched {
-        let Some(&slot) = partitions.by_id.get(&id) else { continue };
-        let partition = &partitions.list[slot as usize];
-        if let Some(row) = partition.ledgers.row(ledger) {
-            batch.ledgers.push((partition.ledger(ledger), row));
-        }
-    }
-    for partition in &mut partitions.list {
+    // What was replayed goes to the index with the first batch after the start, which has the state that the shard
+    // derives from it. Were it covered any earlier, a crash in between would leave the index without that state, and
+    // the entries would not be replayed again: a producer's retry would be appended twice.
+    let pending = 0 < replayed.blocks;
+    let mut touched = Vec::new();
+    for (slot, partition) in partitions.list.iter_mut().enumerate() {
         if partition.deleted {
             continue;
         }
         partition.next_offset = partition.end_offset;
         partition.writer = Writer::after(partition.row().last_ledger);
-        if 0 < replayed.blocks {
-            batch.partitions.push((partition.partition, partition.row()));
+        if pending {
+            partition.touched = true;
+            touched.push(slot as u32);
         }
     }
-    batch.covered = Covered { end, sealed: false };
-    batch.flush = true;
-    let mut released = Vec::new();
-    if 0 < replayed.blocks || sealed {
-        // What was replayed once is not replayed again; and from here on the journal is not closed any more.
-        released = index.apply(Box::new(batch)).await?.released;
+    let known_end = covered.map_or(JournalEnd { next_sequence: 1, ..JournalEnd::default() }, |covered| covered.end);
+    if sealed {
+        // From here on the journal is not closed any more.
+        let covered = Covered { end: known_end, sealed: false };
+        index.apply(Box::new(IndexBatch { covered, flush: true, ..IndexBatch::default() })).await?;
     }
 
     let woken = Rc::new(Notify::default());
@@ -142,14 +137,11 @@ pub(crate) async fn open<I: Io, T: 'static>(
         Some(end),
         woken.clone(),
     ));
-    for (segment, bytes) in released {
-        journal.remove_live(segment, bytes);
-    }
-    journal.set_covered(end.next_sequence - 1);
+    let indexed_sequence = known_end.next_sequence - 1;
+    journal.set_covered(indexed_sequence);
     if !journal.has_segment() {
         journal.prepare().await.map_err(open_error("make the first journal segment"))?;
     }
-    let indexed_sequence = end.next_sequence - 1;
     for partition in &mut partitions.list {
         partition.trim_tail(end.next_sequence, indexed_sequence);
     }
@@ -186,18 +178,19 @@ pub(crate) async fn open<I: Io, T: 'static>(
         cache: RefCell::new(BlockCache::new(end.next_sequence, config.cache_bytes)),
         backlog: Backlog::new(config.read_ahead_bytes),
         indexing: RefCell::new(Indexing {
-            batch: Box::default(),
-            touched: Vec::new(),
+            batch: Box::new(batch),
+            touched,
             covered: Covered { end, sealed: false },
             indexed_sequence,
             bytes: 0,
             unflushed_bytes: 0,
-            changed: false,
+            changed: pending,
             unflushed: false,
             flushed_at: Duration::ZERO,
             generation: 0,
-            wanted: false,
-            flush_wanted: false,
+            wanted: pending,
+            flush_wanted: pending,
+            released: BTreeMap::new(),
         }),
         figures: Cell::new(StoreFigures::default()),
         in_flight_bytes: Cell::new(0),

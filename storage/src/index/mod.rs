@@ -11,7 +11,7 @@ pub mod kv;
 pub mod model;
 mod rocks;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
@@ -416,7 +416,15 @@ impl Family {
                 None => batch.delete(row),
             }
         }
-        for trim in &changes.trims {
+        // What goes is counted once, however many trims of a partition come together, or with its end.
+        let dropped: BTreeSet<PartitionId> = changes.dropped.iter().copied().collect();
+        let mut trims: BTreeMap<PartitionId, Trim> = BTreeMap::new();
+        for trim in changes.trims.iter().filter(|trim| !dropped.contains(&trim.partition)) {
+            let furthest = trims.entry(trim.partition).or_insert(*trim);
+            furthest.first_ledger = furthest.first_ledger.max(trim.first_ledger);
+            furthest.start_offset = furthest.start_offset.max(trim.start_offset);
+        }
+        for trim in trims.values() {
             self.release(changes, trim.partition, trim.start_offset, &mut touched, &mut applied)?;
             let (from, to) = (extent_key(trim.partition, 0), extent_key(trim.partition, trim.start_offset));
             batch.delete_range(from, to);
@@ -424,7 +432,7 @@ impl Family {
             let to = ledger_key(LedgerId { partition: trim.partition, sequence: trim.first_ledger });
             batch.delete_range(from, to);
         }
-        for &partition in &changes.dropped {
+        for partition in dropped {
             self.release(changes, partition, u64::MAX, &mut touched, &mut applied)?;
             for table in [TABLE_EXTENT, TABLE_LEDGER, TABLE_PARTITION, TABLE_STATE] {
                 let from = partition_key(table, partition);
