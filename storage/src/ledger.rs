@@ -143,6 +143,11 @@ impl Ledgers {
         self.bytes
     }
 
+    /// What the rows take in memory.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        (self.rows.capacity() * size_of::<(u32, LedgerRow)>()) as u64
+    }
+
     /// The first ledger with an entry of `time_ms` or later: its offsets.
     pub(crate) fn since(&self, time_ms: u64) -> Option<std::ops::Range<u64>> {
         let (_, row) = self.rows.iter().find(|(_, row)| time_ms <= row.max_append_time_ms)?;

@@ -14,6 +14,8 @@
 //! 8. `recovery` replays the journal from where the durable index ends. `ledger` says what may be deleted, `journal`
 //!    uses dead segments again.
 //!
+//! What all of this may hold in memory has one limit (`memory`); the cache gives way to the rest.
+//!
 //! A [`Store`] lives on the executor that opened it. Files and clocks are behind [`Io`]. Formats: `storage/README.md`.
 
 mod backlog;
@@ -26,6 +28,7 @@ pub mod io;
 mod journal;
 mod ledger;
 mod managed_ledger;
+mod memory;
 mod open;
 mod pool;
 mod record_log;
@@ -38,6 +41,7 @@ mod store;
 pub use index::{Index, IndexDb, IndexError};
 pub use io::Io;
 pub use io::glommio::GlommioIo;
+pub use memory::MemoryFigures;
 pub use record_log::{RecordLog, RecordLogConfig, RecordPosition};
 pub use state::StateBatch;
 pub use store::{
