@@ -20,10 +20,11 @@
 
 mod backlog;
 pub mod block;
+pub mod budget;
 mod cache;
 pub mod dump;
 mod flush;
-mod index;
+pub mod index;
 pub mod io;
 mod journal;
 mod ledger;
@@ -38,6 +39,7 @@ mod stage;
 mod state;
 mod store;
 
+pub use budget::Budget;
 pub use index::{Index, IndexDb, IndexError};
 pub use io::Io;
 pub use io::glommio::GlommioIo;

@@ -20,7 +20,7 @@ use crate::managed_ledger::ManagedLedger;
 use crate::memory::Memory;
 use crate::pool::BufferPool;
 use crate::recovery::{self, Visited, Visitor, open_error};
-use crate::segment::{self, SegmentId};
+use crate::segment::{self, SegmentId, SegmentKind};
 use crate::stage::Staging;
 use crate::state::RowChange;
 use crate::store::{
@@ -45,11 +45,11 @@ pub(crate) async fn open<I: Io, T: 'static>(
 ) -> Result<(Inner<I, T>, Recovered), OpenError> {
     validate(&config)?;
     let started = io.now();
-    let index = IndexThread::start(index)?;
+    let index = IndexThread::start(&io, index)?;
     let loaded = index.load().await?;
     let known = |id: SegmentId| {
         let found = loaded.segments.iter().find(|(segment, _, live)| *segment == id && 0 < *live);
-        found.map(|(_, generation, _)| *generation)
+        found.map(|(_, generation, _)| (*generation, SegmentKind::Journal))
     };
     let mut segments = recovery::survey(&io, &config.dir, config.shard, &known).await?;
     for &(id, generation, live_bytes) in &loaded.segments {
