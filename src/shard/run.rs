@@ -377,6 +377,7 @@ impl Shard {
             ticker_latest: ticker.latest,
             store,
             read_only: self.read_only.get() || store.read_only,
+            receive_bytes: self.chunks.bytes_lent() as u64,
         }
     }
 }

@@ -389,6 +389,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         let partition = &mut partitions.list[index];
         partition.trim_tail(first_cached, indexed_sequence);
         partition.shrink();
+        partition.stretch_roll();
         partition.count_memory(&self.memory);
         if self.journal.is_failed() {
             return;

@@ -18,6 +18,7 @@ const TAIL_CAPACITY_MIN: usize = 4 * TAIL_EXTENTS_MIN;
 pub(crate) struct ManagedLedger {
     pub(crate) partition: PartitionId,
     pub(crate) limits: PartitionLimits,
+    /// When the next ledger begins: `roll_base` for the ledgers that there are.
     pub(crate) roll: RollPolicy,
     /// The owner has opened it since the store was opened: retention runs.
     pub(crate) opened: bool,
@@ -44,6 +45,7 @@ pub(crate) struct ManagedLedger {
     pub(crate) touched: bool,
     /// What `memory` was last told that it takes.
     counted_bytes: u64,
+    roll_base: RollPolicy,
 }
 
 impl ManagedLedger {
@@ -69,6 +71,7 @@ impl ManagedLedger {
             trimming: false,
             touched: false,
             counted_bytes: 0,
+            roll_base: roll,
         }
     }
 
@@ -100,7 +103,13 @@ impl ManagedLedger {
             self.cached_bytes = self.tail.iter().skip(from).map(|extent| extent.body_bytes as u64).sum();
         }
         self.limits = limits;
-        self.roll = roll;
+        self.roll_base = roll;
+        self.stretch_roll();
+    }
+
+    /// Ledgers came or went.
+    pub(crate) fn stretch_roll(&mut self) {
+        self.roll = self.roll_base.stretched(self.ledgers.count());
     }
 
     /// Whether any of its extents may stay in the cache.
