@@ -397,6 +397,31 @@ impl<I: Io, P: 'static> Journal<I, P> {
         figures
     }
 
+    /// Which use of a segment this is; `None`: there is no such segment, or it holds nothing.
+    pub(crate) fn generation(&self, id: SegmentId) -> Option<u64> {
+        let state = self.state.borrow();
+        let segment = state.segments.get(id.0 as usize)?.as_ref()?;
+        (segment.role != Role::Spare && 0 < segment.generation).then_some(segment.generation)
+    }
+
+    /// Sealed segments in which something is live, in the order of their generations: generation, segment, bytes.
+    pub(crate) fn live_segments(&self) -> Vec<(u64, SegmentId, u64)> {
+        let state = self.state.borrow();
+        let all = state.segments.iter().enumerate();
+        let live = all.filter_map(|(index, segment)| Some((SegmentId(index as u32), segment.as_ref()?)));
+        let live = live.filter(|(_, segment)| segment.role == Role::Sealed && 0 < segment.live_bytes);
+        let mut found: Vec<_> = live.map(|(id, segment)| (segment.generation, id, segment.bytes)).collect();
+        found.sort_unstable();
+        found
+    }
+
+    /// Whether a write has been under way for longer than `limit`: background work makes room.
+    pub(crate) fn is_late(&self, limit: Duration) -> bool {
+        let state = self.state.borrow();
+        let unanswered = state.in_flight.iter().find(|entry| entry.result.is_none());
+        unanswered.is_some_and(|entry| entry.started + limit < self.io.now())
+    }
+
     /// The file of a segment, opened when it is not open.
     pub(crate) async fn file(&self, id: SegmentId) -> io::Result<Rc<I::File>> {
         {

@@ -11,6 +11,7 @@ use drava_runtime::local::{Broadcast, Notify};
 use crate::backlog::Backlog;
 use crate::block::{ExtentHeader, ExtentKind};
 use crate::cache::BlockCache;
+use crate::damage::Registry;
 use crate::flush::Indexing;
 use crate::index::{Covered, ExtentRow, Index, IndexBatch, IndexThread};
 use crate::io::{ALIGNMENT, Io};
@@ -20,6 +21,7 @@ use crate::managed_ledger::ManagedLedger;
 use crate::memory::Memory;
 use crate::pool::BufferPool;
 use crate::recovery::{self, Visited, Visitor, open_error};
+use crate::scrub::Scrub;
 use crate::segment::{self, SegmentId, SegmentKind};
 use crate::stage::Staging;
 use crate::state::RowChange;
@@ -152,6 +154,9 @@ pub(crate) async fn open<I: Io, T: 'static>(
         partition.count_memory(&memory);
     }
 
+    let damage = Registry::load(loaded.damage);
+    let scrub = Scrub::load(&loaded.scrub, &replayed.damaged, |segment| journal.generation(SegmentId(segment)));
+
     let recovered = Recovered {
         partitions: partitions
             .by_id
@@ -202,6 +207,8 @@ pub(crate) async fn open<I: Io, T: 'static>(
         stopped: Cell::new(false),
         sink: RefCell::new(None),
         memory,
+        damage: RefCell::new(damage),
+        scrub: RefCell::new(scrub),
         journal,
         index,
         config,

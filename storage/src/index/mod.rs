@@ -20,6 +20,7 @@ use drava_runtime::foreign::{Inbox, InboxSender, Reply, ReplySender, inbox, repl
 pub use self::rocks::IndexDb;
 
 use self::kv::{Kv, KvBatch};
+use crate::damage::DamageRow;
 use crate::io::Io;
 use crate::journal::JournalEnd;
 use crate::segment::SegmentId;
@@ -30,6 +31,8 @@ const TABLE_LEDGER: u8 = b'l';
 const TABLE_PARTITION: u8 = b'p';
 const TABLE_STATE: u8 = b's';
 const TABLE_SEGMENT: u8 = b'g';
+const TABLE_DAMAGE: u8 = b'd';
+const TABLE_SCRUB: u8 = b'r';
 const VERSION: u8 = 1;
 
 #[derive(Debug, thiserror::Error)]
@@ -132,6 +135,10 @@ pub(crate) struct IndexBatch {
     pub(crate) covered: Covered,
     /// Make everything up to here durable.
     pub(crate) flush: bool,
+    /// Rows of the damage registry.
+    pub(crate) damage: Vec<DamageRow>,
+    /// How far the scrubber has come.
+    pub(crate) scrub: Option<Vec<u8>>,
 }
 
 /// Everything of a partition below these is deleted.
@@ -156,6 +163,10 @@ pub(crate) struct Loaded {
     pub(crate) partitions: BTreeMap<PartitionId, LoadedPartition>,
     /// Segment, generation, live bytes.
     pub(crate) segments: Vec<(SegmentId, u64, u64)>,
+    /// Rows of the damage registry, by number.
+    pub(crate) damage: Vec<(u64, Vec<u8>)>,
+    /// How far the scrubber had come.
+    pub(crate) scrub: Vec<u8>,
 }
 
 #[derive(Debug, Default)]
@@ -335,7 +346,8 @@ impl Family {
         if let Some(value) = self.kv.get(&[TABLE_COVERED])? {
             loaded.covered = Some(Covered::decode(&value)?);
         }
-        for table in [TABLE_PARTITION, TABLE_LEDGER, TABLE_STATE, TABLE_SEGMENT] {
+        loaded.scrub = self.kv.get(&[TABLE_SCRUB])?.unwrap_or_default();
+        for table in [TABLE_PARTITION, TABLE_LEDGER, TABLE_STATE, TABLE_SEGMENT, TABLE_DAMAGE] {
             self.rows(&[table], &[table], |key, value| loaded.take(table, key, value).map(ControlFlow::Continue))?;
         }
         Ok(loaded)
@@ -419,6 +431,17 @@ impl Family {
             batch.put(key, value);
             rows.push((segment, row));
         }
+        for (number, value) in &changes.damage {
+            let mut key = vec![TABLE_DAMAGE];
+            key.extend_from_slice(&number.to_be_bytes());
+            match value {
+                Some(value) => batch.put(key, &value[..]),
+                None => batch.delete(key),
+            }
+        }
+        if let Some(scrub) = &changes.scrub {
+            batch.put([TABLE_SCRUB], &scrub[..]);
+        }
         batch.put([TABLE_COVERED], changes.covered.encode());
         self.kv.write(batch)?;
         if changes.flush {
@@ -499,6 +522,10 @@ impl Loaded {
     fn take(&mut self, table: u8, mut key: &[u8], mut value: &[u8]) -> Result<(), IndexError> {
         if table == TABLE_SEGMENT {
             self.segments.push((SegmentId(be_u32(&mut key)?), le_u64(&mut value)?, le_u64(&mut value)?));
+            return Ok(());
+        }
+        if table == TABLE_DAMAGE {
+            self.damage.push((be_u64(&mut key)?, value.to_vec()));
             return Ok(());
         }
         let partition = PartitionId(be_u64(&mut key)?);
