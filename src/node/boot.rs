@@ -271,6 +271,7 @@ fn store_config(config: &NodeConfig, data_dir: &DataDir, shard: ShardId) -> Stor
         index_flush_bytes: storage.index_flush_bytes,
         disk_reserve_bytes: storage.disk_reserve_bytes,
         verify_reads: storage.verify_reads,
+        memory_bytes: storage.memory_bytes(),
         ..StoreConfig::default()
     }
 }

@@ -258,7 +258,7 @@ impl Shard {
         let limits = PartitionLimits {
             retention_age: (policy.retention_ms != 0).then(|| Duration::from_millis(policy.retention_ms)),
             retention_bytes: (policy.retention_bytes != 0).then_some(policy.retention_bytes),
-            cache_bytes: (policy.cache_bytes != 0).then_some(policy.cache_bytes),
+            cache_bytes: policy.cache.limit_bytes(self.store.config().cache_bytes),
             trim_consumed: false,
         };
         let index = self.by_id.borrow().get(&id.0).copied();
@@ -377,6 +377,7 @@ impl Shard {
             ticker_latest: ticker.latest,
             store,
             read_only: self.read_only.get() || store.read_only,
+            receive_bytes: self.chunks.bytes_lent() as u64,
         }
     }
 }

@@ -15,6 +15,8 @@
 //! 9. `recovery` replays the journal from where the durable index ends. `ledger` says what may be deleted, `journal`
 //!    uses dead segments again.
 //!
+//! What all of this may hold in memory has one limit (`memory`); the cache gives way to the rest.
+//!
 //! A [`Store`] lives on the executor that opened it. Files and clocks are behind [`Io`]. Formats: `storage/README.md`.
 
 // The tests inside share what those outside have.
@@ -35,6 +37,7 @@ mod journal;
 mod ledger;
 mod managed_ledger;
 mod mark;
+mod memory;
 mod open;
 mod pool;
 mod record_log;
@@ -51,6 +54,7 @@ pub use damage::{Damage, DamagedMessages, DamagedPlace, FoundBy};
 pub use index::{Index, IndexDb, IndexError};
 pub use io::Io;
 pub use io::glommio::GlommioIo;
+pub use memory::MemoryFigures;
 pub use record_log::{RecordLog, RecordLogConfig, RecordPosition};
 pub use state::StateBatch;
 pub use store::{

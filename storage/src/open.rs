@@ -19,6 +19,7 @@ use crate::io::{ALIGNMENT, Io};
 use crate::journal::{Journal, JournalConfig, JournalEnd};
 use crate::ledger::{Ledgers, RollPolicy, Writer};
 use crate::managed_ledger::ManagedLedger;
+use crate::memory::Memory;
 use crate::pool::BufferPool;
 use crate::recovery::{self, Visited, Visitor, open_error};
 use crate::scrub::Scrub;
@@ -29,9 +30,6 @@ use crate::store::{
     Inner, OpenError, PartitionLimits, Partitions, Recovered, RecoveredPartition, ReplayedBatch, StoreConfig,
     StoreFigures,
 };
-
-/// Free buffers kept, beyond those that the cache holds: a few of the largest.
-const POOL_FREE_BYTES_MAX: usize = 32 << 20;
 
 /// What replay makes of the blocks.
 struct Replay {
@@ -142,8 +140,11 @@ pub(crate) async fn open<I: Io, T: 'static>(
     if !journal.has_segment() {
         journal.prepare().await.map_err(open_error("make the first journal segment"))?;
     }
+    let memory = Rc::new(Memory::new(config.memory_bytes));
     for partition in &mut partitions.list {
         partition.trim_tail(end.next_sequence, indexed_sequence);
+        partition.shrink();
+        partition.count_memory(&memory);
     }
 
     let damage = Registry::load(loaded.damage);
@@ -172,7 +173,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
         index_rebuilt: rebuilt,
     };
     let inner = Inner {
-        pool: Rc::new(BufferPool::new(io.clone(), POOL_FREE_BYTES_MAX)),
+        pool: Rc::new(BufferPool::new(io.clone(), memory.buffers_bytes_max() as usize, memory.clone())),
         staging: RefCell::new(Staging::new(config.block_bytes_max)),
         partitions: RefCell::new(partitions),
         cache: RefCell::new(BlockCache::new(end.next_sequence, config.cache_bytes)),
@@ -200,6 +201,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
         stopped: Cell::new(false),
         sink: RefCell::new(None),
         compactor: Compactor::new(config.compaction_bytes_per_s),
+        memory,
         damage: RefCell::new(damage),
         scrub: RefCell::new(scrub),
         unvouched: Notify::default(),
@@ -222,7 +224,10 @@ fn validate(config: &StoreConfig) -> Result<(), OpenError> {
         "segment_bytes holds at least two blocks of block_bytes_max",
     )?;
     check(config.compaction_garbage_percent <= 100, "compaction_garbage_percent is at most 100")?;
-    check(0 < config.flushes_in_flight_max, "flushes_in_flight_max is at least 1")
+    check(0 < config.flushes_in_flight_max, "flushes_in_flight_max is at least 1")?;
+    // Half is for readers, a quarter for blocks in flight; the cache has what is left.
+    let writing_bytes = config.flushes_in_flight_max as u64 * config.block_bytes_max as u64;
+    check(4 * writing_bytes <= config.memory_bytes, "memory_bytes is at least 4 times all blocks that may be in flight")
 }
 
 impl Visitor for Replay {
