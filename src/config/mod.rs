@@ -103,6 +103,11 @@ section! {
         /// Compare the checksum of every batch that is read back from disk. Off saves CPU and passes damage on to
         /// readers, who compare it themselves.
         verify_reads: bool = true, None, Range::Any;
+        /// What a shard reads in a second to check what it stored long ago, while its disk is not late. 0: nothing is
+        /// checked before somebody reads it.
+        scrub_bytes_per_s: u64 = 8 << 20, Bytes, Range::Numbers(0..=16 << 30);
+        /// The next check of everything begins so long after the last one began, or at its end if that takes longer.
+        scrub_interval_s: u64 = 7 * 86_400, Seconds, Range::Numbers(1..=365 * 86_400);
     }
 }
 
@@ -233,6 +238,10 @@ impl NetworkConfig {
 impl StorageConfig {
     pub fn ledger_age_max(&self) -> Duration {
         Duration::from_secs(self.ledger_age_max_s)
+    }
+
+    pub fn scrub_interval(&self) -> Duration {
+        Duration::from_secs(self.scrub_interval_s)
     }
 
     pub fn cursor_save_interval(&self) -> Duration {

@@ -271,6 +271,8 @@ fn store_config(config: &NodeConfig, data_dir: &DataDir, shard: ShardId) -> Stor
         index_flush_bytes: storage.index_flush_bytes,
         disk_reserve_bytes: storage.disk_reserve_bytes,
         verify_reads: storage.verify_reads,
+        scrub_bytes_per_s: storage.scrub_bytes_per_s,
+        scrub_interval: storage.scrub_interval(),
         ..StoreConfig::default()
     }
 }
