@@ -18,7 +18,7 @@ use drava_runtime::local::{Broadcast, Notify};
 
 use crate::block::BlockId;
 use crate::io::{ALIGNMENT, File, Io};
-use crate::segment::{self, SegmentHeader, SegmentId};
+use crate::segment::{self, SegmentHeader, SegmentId, SegmentKind};
 use crate::store::FlushError;
 
 /// Sealed segments kept open for readers.
@@ -59,6 +59,9 @@ pub(crate) struct Segment<F> {
     pub(crate) role: Role,
     /// Every byte of it was written once, so that writes to it change no metadata of the file system.
     pub(crate) filled: bool,
+    pub(crate) kind: SegmentKind,
+    /// The compactor reads from it: it is not used again before that ends, dead or not.
+    pub(crate) pinned: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -579,7 +582,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
             state.generation
         };
         let mut buffer = self.io.buffer(ALIGNMENT);
-        segment::encode(&SegmentHeader { shard: self.config.shard, segment: id, generation }, buffer.as_mut());
+        let header = SegmentHeader { shard: self.config.shard, segment: id, generation, kind: SegmentKind::Journal };
+        segment::encode(&header, buffer.as_mut());
         file.write_at(Rc::new(buffer), 0).await?;
         let mut state = self.state.borrow_mut();
         state.opened.retain(|opened| *opened != id);
@@ -635,6 +639,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
             last_sequence: 0,
             role: Role::Spare,
             filled: false,
+            kind: SegmentKind::Journal,
+            pinned: false,
         });
         Ok(Some(id))
     }

@@ -18,7 +18,7 @@
 
 mod backlog;
 pub mod block;
-mod budget;
+pub mod budget;
 mod cache;
 mod damage;
 pub mod dump;
@@ -38,6 +38,7 @@ mod stage;
 mod state;
 mod store;
 
+pub use budget::Budget;
 pub use damage::{Damage, DamagedMessages, DamagedPlace, FoundBy};
 pub use index::{Index, IndexDb, IndexError};
 pub use io::Io;

@@ -21,7 +21,7 @@ use crate::managed_ledger::ManagedLedger;
 use crate::pool::BufferPool;
 use crate::recovery::{self, Visited, Visitor, open_error};
 use crate::scrub::Scrub;
-use crate::segment::{self, SegmentId};
+use crate::segment::{self, SegmentId, SegmentKind};
 use crate::stage::Staging;
 use crate::state::RowChange;
 use crate::store::{
@@ -53,7 +53,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
     let loaded = index.load().await?;
     let known = |id: SegmentId| {
         let found = loaded.segments.iter().find(|(segment, _, live)| *segment == id && 0 < *live);
-        found.map(|(_, generation, _)| *generation)
+        found.map(|(_, generation, _)| (*generation, SegmentKind::Journal))
     };
     let mut segments = recovery::survey(&io, &config.dir, config.shard, &known).await?;
     for &(id, generation, live_bytes) in &loaded.segments {

@@ -107,6 +107,9 @@ pub struct PartitionLimits {
     pub retention_bytes: Option<u64>,
     /// What the partition may hold in the ledger cache. `None`: as much as the shard has.
     pub cache_bytes: Option<u64>,
+    /// Closed ledgers that every durable cursor has passed are deleted, whatever their age and size. Without a cursor
+    /// nothing is: a subscriber that has not come yet must not find its messages gone.
+    pub trim_consumed: bool,
 }
 
 /// One batch to append.
@@ -283,23 +286,29 @@ pub struct ReplayedBatch {
     pub base_sequence: u64,
 }
 
-/// Counters since open, and gauges. The fields are those of the shard's figures.
-#[derive(Clone, Copy, Debug, Default)]
+/// The figures of a store: counters since it was opened, and gauges, which say so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StoreFigures {
     pub flushes: u64,
     pub flushed_bytes: u64,
     pub flush_micros_total: u64,
+    /// Gauge: staged and not yet durable.
     pub staged_bytes: u64,
+    /// Gauge.
     pub cache_bytes: u64,
     pub cache_hits: u64,
     pub cache_misses: u64,
     pub disk_read_bytes: u64,
+    /// Gauge.
     pub segments: u64,
+    /// Gauge.
     pub segments_spare: u64,
     pub segments_recycled: u64,
+    /// Gauge: bytes of live entries.
     pub live_bytes: u64,
     pub ledgers_deleted: u64,
     pub index_batches: u64,
+    /// Gauge: a write or sync failed, or the store was closed.
     pub read_only: bool,
     /// Entries of the damage registry, and the messages that they name.
     pub damaged_ranges: u64,
