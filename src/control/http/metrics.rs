@@ -125,6 +125,10 @@ const SHARD_FIGURES: &[ShardFigure] = &[
     bytes(gauge("drava_store_live", "Bytes of live entries.", |s| Count(s.store.live_bytes))),
     counter("drava_store_ledgers_deleted", "Ledgers deleted by retention or with their topic.", |s| Count(s.store.ledgers_deleted)),
     counter("drava_store_index_batches", "Write batches applied to the index.", |s| Count(s.store.index_batches)),
+    gauge("drava_store_damaged_ranges", "Places and runs of messages that cannot be read any more; /v1/damage lists them.", |s| Count(s.store.damaged_ranges)),
+    gauge("drava_store_damaged_messages", "Messages that cannot be read any more.", |s| Count(s.store.damaged_messages)),
+    bytes(counter("drava_store_scrubbed", "Bytes read by the scrubber to check what was stored.", |s| Count(s.store.scrubbed_bytes))),
+    counter("drava_store_scrub_passes", "Times that the scrubber has checked everything.", |s| Count(s.store.scrub_passes)),
 ];
 
 /// All that one scrape writes down.
@@ -284,6 +288,10 @@ mod tests {
                 index_batches: 1034,
                 // Exported as the shard's.
                 read_only: true,
+                damaged_ranges: 1035,
+                damaged_messages: 1036,
+                scrubbed_bytes: 1037,
+                scrub_passes: 1038,
             },
             read_only: true,
         }
@@ -300,7 +308,7 @@ mod tests {
             })
             .collect();
         values.sort_unstable();
-        let expected: Vec<u64> = [1].into_iter().chain(1001..=1034).collect();
+        let expected: Vec<u64> = [1].into_iter().chain(1001..=1038).collect();
         assert_eq!(values, expected);
     }
 
