@@ -37,6 +37,7 @@ pub mod segment;
 mod stage;
 mod state;
 mod store;
+pub mod verify;
 
 pub use budget::Budget;
 pub use damage::{Damage, DamagedMessages, DamagedPlace, FoundBy};
