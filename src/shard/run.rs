@@ -159,6 +159,7 @@ async fn obey(shard: Rc<Shard>, mut commands: Inbox<ShardCommand>, listen: Liste
                 done.send(());
             }
             ShardCommand::Stats { reply } => reply.send(shard.stats()),
+            ShardCommand::Damage { reply } => reply.send(shard.store.damage()),
             ShardCommand::DescribePartition { partition, reply } => {
                 let index = shard.by_id.borrow().get(&partition.0).copied();
                 reply.send(index.map(|index| shard.partition_state(index)));

@@ -47,6 +47,7 @@ pub mod segment;
 mod stage;
 mod state;
 mod store;
+pub mod verify;
 
 pub use budget::Budget;
 pub use compact::CompactError;

@@ -126,6 +126,15 @@ const SHARD_FIGURES: &[ShardFigure] = &[
     bytes(gauge("drava_store_live", "Bytes of live entries.", |s| Count(s.store.live_bytes))),
     counter("drava_store_ledgers_deleted", "Ledgers deleted by retention or with their topic.", |s| Count(s.store.ledgers_deleted)),
     counter("drava_store_index_batches", "Write batches applied to the index.", |s| Count(s.store.index_batches)),
+    gauge("drava_store_damaged_ranges", "Places and runs of messages that cannot be read any more; /v1/damage lists them.", |s| Count(s.store.damaged_ranges)),
+    gauge("drava_store_damaged_messages", "Messages that cannot be read any more.", |s| Count(s.store.damaged_messages)),
+    bytes(counter("drava_store_scrubbed", "Bytes read by the scrubber to check what was stored.", |s| Count(s.store.scrubbed_bytes))),
+    counter("drava_store_scrub_passes", "Times that the scrubber has checked everything.", |s| Count(s.store.scrub_passes)),
+    bytes(counter("drava_store_compacted", "Bytes written to bring live entries together.", |s| Count(s.store.compacted_bytes))),
+    counter("drava_store_compactions", "Passes of compaction.", |s| Count(s.store.compactions)),
+    bytes(counter("drava_store_compaction_dropped", "Bytes brought together and deleted meanwhile.", |s| Count(s.store.compaction_dropped_bytes))),
+    gauge("drava_store_fragmented_segments", "Segments that wait to be brought together.", |s| Count(s.store.fragmented_segments)),
+    counter("drava_store_journal_rolls", "Writes that failed, after which the journal went on in a fresh segment.", |s| Count(s.store.journal_rolls)),
     bytes(gauge("drava_store_memory_limit", "What the store may hold in memory: all parts of drava_store_memory_bytes.", |s| Count(s.store.memory.limit))),
     bytes(gauge("drava_receive_memory", "Memory for receiving that connections and staged entries have.", |s| Count(s.receive_bytes))),
 ];
@@ -321,6 +330,15 @@ mod tests {
                     index: 2008,
                     limit: 1035,
                 },
+                damaged_ranges: 1037,
+                damaged_messages: 1038,
+                scrubbed_bytes: 1039,
+                scrub_passes: 1040,
+                compacted_bytes: 1041,
+                compactions: 1042,
+                compaction_dropped_bytes: 1043,
+                fragmented_segments: 1044,
+                journal_rolls: 1045,
             },
             read_only: true,
             receive_bytes: 1036,
@@ -338,7 +356,7 @@ mod tests {
             })
             .collect();
         values.sort_unstable();
-        let expected: Vec<u64> = [1].into_iter().chain(1001..=1036).collect();
+        let expected: Vec<u64> = [1].into_iter().chain(1001..=1045).collect();
         assert_eq!(values, expected);
     }
 
