@@ -308,7 +308,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                     while let Some(row) = rows.front().copied() {
                         let row_end = row.position + EXTENT_HEADER_BYTES as u64 + row.body_bytes as u64;
                         let joins = row.first_offset == next_offset
-                            && row.segment == first.segment
+                            && (row.store, row.segment) == (first.store, first.segment)
                             && end <= row.position
                             && row.position - end <= GAP_BYTES_MAX
                             && row_end - first.position <= CHUNK_BYTES_MAX
@@ -359,7 +359,11 @@ impl<I: Io, T: 'static> Inner<I, T> {
     ) -> Result<ChunkState, ReadError> {
         let segment = extents[0].segment;
         let failed = |error: std::io::Error| ReadError::Io { segment: segment.0, message: error.to_string() };
-        let file = self.journal.file(segment).await.map_err(failed)?;
+        let file = match extents[0].store {
+            None => self.journal.file(segment).await,
+            Some(store) => self.foreign.file(store, segment).await,
+        };
+        let file = file.map_err(failed)?;
         let read = file.read_at(span.start, (span.end - span.start) as usize).await.map_err(failed)?;
         let mut figures = self.figures.get();
         figures.disk_read_bytes += read.len() as u64;

@@ -159,6 +159,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                     entry_count: header.entry_count,
                     max_append_time_ms: header.max_append_time_ms,
                     block_sequence: sequence,
+                    store: None,
                 };
                 partition.extend(row);
                 let first_cached = cache.first_sequence();
@@ -303,6 +304,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         for (segment, bytes) in applied.released {
             self.journal.remove_live(segment, bytes);
         }
+        self.foreign.release(&applied.released_foreign);
         let mut figures = self.figures.get();
         figures.index_batches += 1;
         self.figures.set(figures);
@@ -312,6 +314,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
             indexing.flushed_at = self.io.now();
             indexing.unflushed = false;
             drop(indexing);
+            self.foreign.flushed();
             self.journal.set_covered(covered_sequence);
         } else {
             indexing.unflushed_bytes += unflushed_bytes;

@@ -12,6 +12,7 @@ use crate::backlog::Backlog;
 use crate::block::{ExtentHeader, ExtentKind};
 use crate::cache::BlockCache;
 use crate::flush::Indexing;
+use crate::foreign::Foreign;
 use crate::index::{Covered, ExtentRow, Index, IndexBatch, IndexThread};
 use crate::io::{ALIGNMENT, Io};
 use crate::journal::{Journal, JournalConfig, JournalEnd};
@@ -49,6 +50,9 @@ pub(crate) async fn open<I: Io, T: 'static>(
     let started = io.now();
     let index = IndexThread::start(&io, index)?;
     let loaded = index.load().await?;
+    if loaded.covered.is_none() && config.foreign.is_some() {
+        return Err(OpenError::IndexLost { stores: config.foreign.iter().flat_map(|f| f.dirs.values().cloned()).collect() });
+    }
     let known = |id: SegmentId| {
         let found = loaded.segments.iter().find(|(segment, _, live)| *segment == id && 0 < *live);
         found.map(|(_, generation, _)| *generation)
@@ -120,9 +124,13 @@ pub(crate) async fn open<I: Io, T: 'static>(
     batch.covered = Covered { end, sealed: false };
     batch.flush = true;
     let mut released = Vec::new();
+    let foreign = Foreign::new(io.clone(), config.foreign.clone(), loaded.foreign);
     if 0 < replayed.blocks || sealed {
         // What was replayed once is not replayed again; and from here on the journal is not closed any more.
-        released = index.apply(Box::new(batch)).await?.released;
+        let applied = index.apply(Box::new(batch)).await?;
+        released = applied.released;
+        foreign.release(&applied.released_foreign);
+        foreign.flushed();
     }
 
     let woken = Rc::new(Notify::default());
@@ -204,6 +212,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
         index,
         config,
         io,
+        foreign,
     };
     Ok((inner, recovered))
 }
@@ -247,6 +256,7 @@ impl Visitor for Replay {
                 entry_count: header.entry_count,
                 max_append_time_ms: header.max_append_time_ms,
                 block_sequence: header.block_sequence,
+                store: None,
             };
             partition.extend(row);
             partition.writer = Writer::after(partition.row().last_ledger);

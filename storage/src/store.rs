@@ -16,6 +16,7 @@ use crate::backlog::Backlog;
 use crate::block::{self, EXTENT_HEADER_BYTES};
 use crate::cache::BlockCache;
 use crate::flush::{Flushing, Indexing};
+use crate::foreign::{Foreign, ForeignStores};
 use crate::index::{Index, IndexError, IndexThread, PartitionRow};
 use crate::io::{ALIGNMENT, Io};
 use crate::journal::Journal;
@@ -31,6 +32,8 @@ use crate::state::{KEY_BYTES_MAX, RowChange, StateBatch, VALUE_BYTES_MAX};
 pub struct StoreConfig {
     /// The directory of this shard's segments; made when missing.
     pub dir: PathBuf,
+    /// What the segments are stamped with: the number of the store, which is that of its shard until the node is started
+    /// with another number of shards.
     pub shard: ShardId,
     /// A multiple of 4096, at least twice the largest block.
     pub segment_bytes: u64,
@@ -53,6 +56,8 @@ pub struct StoreConfig {
     pub disk_reserve_bytes: u64,
     /// Whether the checksum of every batch is compared when it is read from disk.
     pub verify_reads: bool,
+    /// Stores of earlier layouts of the node that its partitions may still have extents in.
+    pub foreign: Option<ForeignStores>,
 }
 
 impl Default for StoreConfig {
@@ -72,6 +77,7 @@ impl Default for StoreConfig {
             index_flush_bytes: 128 << 20,
             disk_reserve_bytes: 1 << 30,
             verify_reads: true,
+            foreign: None,
         }
     }
 }
@@ -173,6 +179,12 @@ pub enum OpenError {
     Segment { path: PathBuf, reason: String },
     #[error("configuration: {0}")]
     Config(String),
+    #[error(
+        "the index of a shard is lost, and only it knows where messages lie in {}; put the index back from a copy, or \
+         take these stores out of `draining` in format.json to start without those messages",
+        stores.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>().join(", ")
+    )]
+    IndexLost { stores: Vec<PathBuf> },
 }
 
 /// Where a partition stands.
@@ -293,6 +305,8 @@ pub struct StoreFigures {
     pub ledgers_deleted: u64,
     pub index_batches: u64,
     pub read_only: bool,
+    /// Gauge: bytes of live entries in stores of earlier layouts.
+    pub foreign_live_bytes: u64,
 }
 
 /// The store of one shard. Clones share it. `T` is what the shard gives with each entry to recognise it by.
@@ -326,6 +340,7 @@ pub(crate) struct Inner<I: Io, T: 'static> {
     pub(crate) progress: Broadcast,
     pub(crate) stopped: Cell<bool>,
     pub(crate) sink: RefCell<Option<Sink<T>>>,
+    pub(crate) foreign: Foreign<I>,
 }
 
 #[derive(Default)]
@@ -686,6 +701,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         (figures.segments, figures.segments_spare, figures.segments_recycled, figures.live_bytes) =
             inner.journal.figures();
         figures.read_only = self.is_read_only();
+        figures.foreign_live_bytes = inner.foreign.live_bytes();
         figures
     }
 }

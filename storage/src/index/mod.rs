@@ -11,7 +11,7 @@ pub mod model;
 mod rocks;
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::path::PathBuf;
 
 use drava_protocol::{LedgerId, PartitionId};
@@ -20,6 +20,7 @@ use drava_runtime::foreign::{Inbox, InboxSender, Reply, ReplySender, inbox, repl
 pub use self::rocks::IndexDb;
 
 use self::kv::{Kv, KvBatch};
+use crate::foreign::{ForeignSegment, StoreId};
 use crate::io::Io;
 use crate::journal::JournalEnd;
 use crate::segment::SegmentId;
@@ -30,6 +31,7 @@ const TABLE_LEDGER: u8 = b'l';
 const TABLE_PARTITION: u8 = b'p';
 const TABLE_STATE: u8 = b's';
 const TABLE_SEGMENT: u8 = b'g';
+const TABLE_FOREIGN: u8 = b'f';
 const VERSION: u8 = 1;
 
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +73,33 @@ impl Index {
     pub fn new(name: &str, kv: Box<dyn Kv>) -> Index {
         Index { name: name.to_owned(), kv }
     }
+
+    /// How far the family reaches; `None`: it was lost, or never made. Blocking.
+    pub(crate) fn covered(&self) -> Result<Option<Covered>, IndexError> {
+        self.kv.get(&[TABLE_COVERED])?.map(|value| Covered::decode(&value)).transpose()
+    }
+
+    /// Whether there is anything in the family that can be relied on. Blocking.
+    pub fn is_made(&self) -> Result<bool, IndexError> {
+        Ok(self.covered()?.is_some())
+    }
+
+    /// Live bytes in segments of other stores; none are 0. Blocking.
+    pub(crate) fn foreign(&self) -> Result<BTreeMap<ForeignSegment, u64>, IndexError> {
+        let mut loaded = Loaded::default();
+        rows(&*self.kv, &[TABLE_FOREIGN], &[TABLE_FOREIGN], |key, value| {
+            loaded.take(TABLE_FOREIGN, key, value).map(ControlFlow::Continue)
+        })?;
+        Ok(loaded.foreign)
+    }
+
+    pub(crate) fn put_foreign(&self, batch: &mut KvBatch, segment: ForeignSegment, bytes: u64) {
+        batch.put(foreign_key(segment), bytes.to_le_bytes());
+    }
+
+    pub(crate) fn put_covered(&self, batch: &mut KvBatch, covered: Covered) {
+        batch.put([TABLE_COVERED], covered.encode());
+    }
 }
 
 /// Where an extent lies and what it holds.
@@ -90,6 +119,36 @@ pub(crate) struct ExtentRow {
     pub(crate) entry_count: u32,
     pub(crate) max_append_time_ms: u64,
     pub(crate) block_sequence: u64,
+    /// The store that the segment belongs to; `None`: the one that the family belongs to.
+    pub(crate) store: Option<StoreId>,
+}
+
+/// A row on its way from the family of an old store to that of a new one.
+pub(crate) struct MovedRow {
+    pub(crate) partition: PartitionId,
+    pub(crate) key: Vec<u8>,
+    pub(crate) value: Vec<u8>,
+    /// Of an extent: where it lies, and the bytes of its body.
+    pub(crate) extent: Option<(ForeignSegment, u64)>,
+}
+
+impl MovedRow {
+    /// `None`: the row is about the store itself and not about a partition.
+    pub(crate) fn decode(store: StoreId, key: &[u8], value: &[u8]) -> Result<Option<MovedRow>, IndexError> {
+        let Some((table, mut rest)) = key.split_first() else { return Ok(None) };
+        if ![TABLE_EXTENT, TABLE_LEDGER, TABLE_PARTITION, TABLE_STATE].contains(table) {
+            return Ok(None);
+        }
+        let partition = PartitionId(be_u64(&mut rest)?);
+        let mut moved = MovedRow { partition, key: key.to_vec(), value: value.to_vec(), extent: None };
+        if *table == TABLE_EXTENT {
+            let mut row = ExtentRow::decode(be_u64(&mut rest)?, value)?;
+            let store = *row.store.get_or_insert(store);
+            moved.extent = Some(((store, row.segment), row.body_bytes as u64));
+            moved.value = row.encode();
+        }
+        Ok(Some(moved))
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -147,6 +206,8 @@ pub(crate) struct Applied {
     /// Bytes of extents that are no longer indexed.
     pub(crate) released: Vec<(SegmentId, u64)>,
     pub(crate) flushed: bool,
+    /// The same of extents in other stores.
+    pub(crate) released_foreign: Vec<(ForeignSegment, u64)>,
 }
 
 /// The family as it was found.
@@ -156,6 +217,8 @@ pub(crate) struct Loaded {
     pub(crate) partitions: BTreeMap<PartitionId, LoadedPartition>,
     /// Segment, generation, live bytes.
     pub(crate) segments: Vec<(SegmentId, u64, u64)>,
+    /// Live bytes in segments of other stores.
+    pub(crate) foreign: BTreeMap<ForeignSegment, u64>,
 }
 
 #[derive(Debug, Default)]
@@ -235,7 +298,7 @@ impl IndexWorker {
 impl IndexThread {
     pub(crate) fn start(io: &impl Io, index: Index) -> Result<IndexThread, IndexError> {
         let (requests, inbox) = inbox();
-        let family = Family { name: index.name, kv: index.kv, live: BTreeMap::new() };
+        let family = Family { name: index.name, kv: index.kv, live: BTreeMap::new(), foreign: BTreeMap::new() };
         let worker = IndexWorker { family, requests: inbox, stopped: None };
         io.start_index(worker).map_err(|error| IndexError::Thread(error.to_string()))?;
         Ok(IndexThread { requests })
@@ -296,6 +359,8 @@ struct Family {
     kv: Box<dyn Kv>,
     /// Generation and live bytes of each segment, as in the family.
     live: BTreeMap<SegmentId, (u64, u64)>,
+    /// Live bytes of each segment of another store, as in the family.
+    foreign: BTreeMap<ForeignSegment, u64>,
 }
 
 impl Family {
@@ -327,6 +392,7 @@ impl Family {
         }
         let loaded = loaded?;
         self.live = loaded.segments.iter().map(|&(segment, generation, live)| (segment, (generation, live))).collect();
+        self.foreign = loaded.foreign.clone();
         Ok(loaded)
     }
 
@@ -335,7 +401,7 @@ impl Family {
         if let Some(value) = self.kv.get(&[TABLE_COVERED])? {
             loaded.covered = Some(Covered::decode(&value)?);
         }
-        for table in [TABLE_PARTITION, TABLE_LEDGER, TABLE_STATE, TABLE_SEGMENT] {
+        for table in [TABLE_PARTITION, TABLE_LEDGER, TABLE_STATE, TABLE_SEGMENT, TABLE_FOREIGN] {
             self.rows(&[table], &[table], |key, value| loaded.take(table, key, value).map(ControlFlow::Continue))?;
         }
         Ok(loaded)
@@ -346,17 +412,9 @@ impl Family {
         &self,
         prefix: &[u8],
         from: &[u8],
-        mut visit: impl FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, IndexError>,
+        visit: impl FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, IndexError>,
     ) -> Result<(), IndexError> {
-        let mut bad = None;
-        self.kv.scan(from, &mut |key, value| {
-            let Some(key) = key.strip_prefix(prefix) else { return ControlFlow::Break(()) };
-            visit(key, value).unwrap_or_else(|error| {
-                bad = Some(error);
-                ControlFlow::Break(())
-            })
-        })?;
-        bad.map_or(Ok(()), Err)
+        rows(&*self.kv, prefix, from, visit)
     }
 
     fn apply(&mut self, changes: &IndexBatch) -> Result<Applied, IndexError> {
@@ -368,6 +426,7 @@ impl Family {
         }
         for (partition, row) in &changes.extents {
             batch.put(extent_key(*partition, row.first_offset), row.encode());
+            debug_assert!(row.store.is_none(), "what is written lies in the own store: {row:?}");
             touched.entry(row.segment).or_default().1 += row.body_bytes as i64;
         }
         for (ledger, row) in &changes.ledgers {
@@ -384,8 +443,13 @@ impl Family {
                 None => batch.delete(row),
             }
         }
+        // What several changes of one batch delete is let go of once: the rows are there until all are applied.
+        let mut released: BTreeMap<PartitionId, u64> = BTreeMap::new();
         for trim in &changes.trims {
-            self.release(changes, trim.partition, trim.start_offset, &mut touched, &mut applied)?;
+            let from = released.entry(trim.partition).or_default();
+            let offsets = *from..trim.start_offset.max(*from);
+            *from = offsets.end;
+            self.release(changes, trim.partition, offsets, &mut touched, &mut applied)?;
             let (from, to) = (extent_key(trim.partition, 0), extent_key(trim.partition, trim.start_offset));
             batch.delete_range(from, to);
             let from = ledger_key(LedgerId { partition: trim.partition, sequence: 0 });
@@ -393,7 +457,8 @@ impl Family {
             batch.delete_range(from, to);
         }
         for &partition in &changes.dropped {
-            self.release(changes, partition, u64::MAX, &mut touched, &mut applied)?;
+            let from = released.insert(partition, u64::MAX).unwrap_or(0);
+            self.release(changes, partition, from..u64::MAX, &mut touched, &mut applied)?;
             for table in [TABLE_EXTENT, TABLE_LEDGER, TABLE_PARTITION, TABLE_STATE] {
                 let from = partition_key(table, partition);
                 let to = match partition.0.checked_add(1) {
@@ -419,6 +484,18 @@ impl Family {
             batch.put(key, value);
             rows.push((segment, row));
         }
+        let mut foreign = BTreeMap::new();
+        for &(segment, bytes) in &applied.released_foreign {
+            let before = || self.foreign.get(&segment).copied().unwrap_or(0);
+            let left = foreign.entry(segment).or_insert_with(before);
+            *left = left.saturating_sub(bytes);
+        }
+        for (&segment, &left) in &foreign {
+            match left {
+                0 => batch.delete(foreign_key(segment)),
+                left => batch.put(foreign_key(segment), left.to_le_bytes()),
+            }
+        }
         batch.put([TABLE_COVERED], changes.covered.encode());
         self.kv.write(batch)?;
         if changes.flush {
@@ -426,30 +503,37 @@ impl Family {
             applied.flushed = true;
         }
         self.live.extend(rows);
+        self.foreign.extend(foreign);
+        self.foreign.retain(|_, left| 0 < *left);
         Ok(applied)
     }
 
-    /// Counts what lies below `start_offset`, in the family and in the batch itself.
+    /// Counts the extents that start within `offsets`, in the family and in the batch itself.
     fn release(
         &self,
         changes: &IndexBatch,
         partition: PartitionId,
-        start_offset: u64,
+        offsets: Range<u64>,
         touched: &mut BTreeMap<SegmentId, (u64, i64)>,
         applied: &mut Applied,
     ) -> Result<(), IndexError> {
         let mut count = |row: &ExtentRow| {
-            if row.first_offset < start_offset {
+            if !offsets.contains(&row.first_offset) {
+                return;
+            }
+            if let Some(store) = row.store {
+                applied.released_foreign.push(((store, row.segment), row.body_bytes as u64));
+            } else {
                 touched.entry(row.segment).or_default().1 -= row.body_bytes as i64;
                 applied.released.push((row.segment, row.body_bytes as u64));
             }
         };
-        let mut from = 0;
+        let mut from = offsets.start;
         loop {
             let rows = self.extents(partition, from, 4096)?;
             rows.iter().filter(|row| from <= row.first_offset).for_each(&mut count);
             match rows.last() {
-                Some(last) if rows.len() == 4096 && last.next_offset < start_offset => from = last.next_offset,
+                Some(last) if rows.len() == 4096 && last.next_offset < offsets.end => from = last.next_offset,
                 _ => break,
             }
         }
@@ -497,6 +581,11 @@ impl Family {
 impl Loaded {
     /// Takes one row of a table, its key without the table's byte.
     fn take(&mut self, table: u8, mut key: &[u8], mut value: &[u8]) -> Result<(), IndexError> {
+        if table == TABLE_FOREIGN {
+            let store = StoreId(u16::from_be_bytes(take(&mut key)?));
+            self.foreign.insert((store, SegmentId(be_u32(&mut key)?)), le_u64(&mut value)?);
+            return Ok(());
+        }
         if table == TABLE_SEGMENT {
             self.segments.push((SegmentId(be_u32(&mut key)?), le_u64(&mut value)?, le_u64(&mut value)?));
             return Ok(());
@@ -516,6 +605,31 @@ impl Loaded {
         }
         Ok(())
     }
+}
+
+/// Gives `visit` the rows from `from` on whose keys start with `prefix`, without the prefix.
+fn rows(
+    kv: &dyn Kv,
+    prefix: &[u8],
+    from: &[u8],
+    mut visit: impl FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, IndexError>,
+) -> Result<(), IndexError> {
+    let mut bad = None;
+    kv.scan(from, &mut |key, value| {
+        let Some(key) = key.strip_prefix(prefix) else { return ControlFlow::Break(()) };
+        visit(key, value).unwrap_or_else(|error| {
+            bad = Some(error);
+            ControlFlow::Break(())
+        })
+    })?;
+    bad.map_or(Ok(()), Err)
+}
+
+fn foreign_key((store, segment): ForeignSegment) -> [u8; 7] {
+    let mut key = [TABLE_FOREIGN; 7];
+    key[1..3].copy_from_slice(&store.0.to_be_bytes());
+    key[3..].copy_from_slice(&segment.0.to_be_bytes());
+    key
 }
 
 fn partition_key(table: u8, partition: PartitionId) -> [u8; 9] {
@@ -540,7 +654,7 @@ fn ledger_key(ledger: LedgerId) -> [u8; 13] {
 
 impl ExtentRow {
     fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(56);
+        let mut out = Vec::with_capacity(62);
         out.extend_from_slice(&self.next_offset.to_le_bytes());
         out.extend_from_slice(&self.ledger.to_le_bytes());
         out.extend_from_slice(&self.segment.0.to_le_bytes());
@@ -551,6 +665,9 @@ impl ExtentRow {
         out.extend_from_slice(&self.first_entry.to_le_bytes());
         out.extend_from_slice(&self.max_append_time_ms.to_le_bytes());
         out.extend_from_slice(&self.block_sequence.to_le_bytes());
+        if let Some(store) = self.store {
+            out.extend_from_slice(&store.0.to_le_bytes());
+        }
         out
     }
 
@@ -568,6 +685,7 @@ impl ExtentRow {
             first_entry: le_u64(value)?,
             max_append_time_ms: le_u64(value)?,
             block_sequence: le_u64(value)?,
+            store: if value.is_empty() { None } else { Some(StoreId(u16::from_le_bytes(take(value)?))) },
         })
     }
 }
@@ -663,4 +781,40 @@ fn le_u32(bytes: &mut &[u8]) -> Result<u32, IndexError> {
 
 fn le_u64(bytes: &mut &[u8]) -> Result<u64, IndexError> {
     take(bytes).map(u64::from_le_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::model::ModelKv;
+
+    #[test]
+    fn what_a_batch_deletes_twice_is_let_go_of_once() {
+        let kv = Box::new(ModelKv::default());
+        let mut family = Family { name: "t".into(), kv, live: BTreeMap::new(), foreign: BTreeMap::new() };
+        let row = |first_offset| ExtentRow {
+            ledger: 1,
+            first_offset,
+            next_offset: first_offset + 10,
+            segment: SegmentId(3),
+            position: 4096,
+            in_block: 64,
+            body_bytes: 100,
+            first_entry: first_offset,
+            entry_count: 10,
+            max_append_time_ms: 0,
+            block_sequence: 1,
+            store: None,
+        };
+        let (trimmed, other) = (PartitionId(1), PartitionId(2));
+        let extents = [0, 10, 20].map(|offset| (trimmed, row(offset))).into_iter();
+        let batch = IndexBatch { extents: extents.chain([(other, row(0))]).collect(), ..IndexBatch::default() };
+        family.apply(&batch).unwrap();
+        assert_eq!(family.live[&SegmentId(3)].1, 400);
+        let trim = |start_offset| Trim { partition: trimmed, first_ledger: 1, start_offset };
+        let batch = IndexBatch { trims: vec![trim(10), trim(20)], dropped: vec![trimmed], ..IndexBatch::default() };
+        let applied = family.apply(&batch).unwrap();
+        assert_eq!(family.live[&SegmentId(3)].1, 100, "the other partition's extent is live");
+        assert_eq!(applied.released, [(SegmentId(3), 100); 3]);
+    }
 }
