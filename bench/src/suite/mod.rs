@@ -6,6 +6,7 @@
 pub mod file;
 pub mod node;
 pub mod row;
+mod storage;
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -67,6 +68,16 @@ pub enum RowId {
     Start,
     /// Memory of an idle node and of one under load
     Memory,
+    /// Restart after kill -9 with a long journal
+    Recover,
+    /// Bytes written for each byte published
+    WriteAmp,
+    /// Catching up with a quiet topic, before and after compaction
+    Defrag,
+    /// Publishing while compaction and scrubbing run
+    Background,
+    /// Publishing while retention deletes
+    Retention,
 }
 
 #[derive(Clone, Debug, clap::Args)]
@@ -117,6 +128,12 @@ enum RowError {
     Memory(#[source] std::io::Error),
     #[error("make a data directory")]
     Data(#[source] std::io::Error),
+    #[error("read what the node has written")]
+    Process(#[source] std::io::Error),
+    #[error("read the node's metrics")]
+    Metrics(#[source] std::io::Error),
+    #[error("compaction has not ended in time; {compacted_mib:.0} MiB were copied")]
+    Compaction { compacted_mib: f64 },
 }
 
 /// The directory for measured files: on a real disk, unlike what /tmp may be.
@@ -170,6 +187,11 @@ pub fn run(options: &SuiteOptions) -> Result<Vec<Row>, SuiteError> {
             RowId::Start if suite.rows.iter().any(|row| row.id == "start") => Ok(()),
             RowId::Start => suite.backlog_and_start(),
             RowId::Memory => suite.memory(),
+            RowId::Recover => suite.recover(),
+            RowId::WriteAmp => suite.write_amplification(),
+            RowId::Defrag => suite.defragmentation(),
+            RowId::Background => suite.background(),
+            RowId::Retention => suite.retention(),
         };
         if let Err(error) = measured {
             suite.could_not(id, &error);
@@ -559,10 +581,15 @@ impl Suite {
     }
 
     fn start(&mut self, shards: u16) -> Result<Running, RowError> {
+        self.start_with(shards, &[])
+    }
+
+    /// A fresh node with more options.
+    fn start_with(&mut self, shards: u16, options: &[&str]) -> Result<Running, RowError> {
         self.nodes += 1;
         let data_dir = self.scratch.path().join(format!("node-{}", self.nodes));
         std::fs::create_dir_all(&data_dir).map_err(RowError::Data)?;
-        let node = Node::start(&self.node_bin, &data_dir, shards, &self.log_path())?;
+        let node = Node::start(&self.node_bin, &data_dir, shards, options, &self.log_path())?;
         Ok(Running { node, data_dir })
     }
 
@@ -652,8 +679,18 @@ impl Suite {
 impl Running {
     /// Kills the node and starts it again on the same data.
     fn restart_after_kill(&mut self, bin: &Path, shards: u16, log: &Path) -> Result<(), NodeError> {
+        self.restart_after_kill_with(bin, shards, log, &[])
+    }
+
+    fn restart_after_kill_with(
+        &mut self,
+        bin: &Path,
+        shards: u16,
+        log: &Path,
+        options: &[&str],
+    ) -> Result<(), NodeError> {
         self.node.kill()?;
-        self.node = Node::start(bin, &self.data_dir, shards, log)?;
+        self.node = Node::start(bin, &self.data_dir, shards, options, log)?;
         Ok(())
     }
 }
