@@ -22,7 +22,7 @@ use crate::pool::BufferPool;
 use crate::recovery::{self, Visited, Visitor, open_error};
 use crate::segment::{self, SegmentId};
 use crate::stage::Staging;
-use crate::state::RowChange;
+use crate::state::{RowChange, StateBatch};
 use crate::store::{
     Inner, OpenError, PartitionLimits, Partitions, Recovered, RecoveredPartition, ReplayedBatch, StoreConfig,
     StoreFigures,
@@ -45,13 +45,16 @@ pub(crate) async fn open<I: Io, T: 'static>(
     io: I,
     config: StoreConfig,
     index: Index,
+    derive: impl FnOnce(&[RecoveredPartition], &mut StateBatch),
 ) -> Result<(Inner<I, T>, Recovered), OpenError> {
     validate(&config)?;
     let started = io.now();
     let index = IndexThread::start(&io, index)?;
     let loaded = index.load().await?;
     if loaded.covered.is_none() && config.foreign.is_some() {
-        return Err(OpenError::IndexLost { stores: config.foreign.iter().flat_map(|f| f.dirs.values().cloned()).collect() });
+        return Err(OpenError::IndexLost {
+            stores: config.foreign.iter().flat_map(|f| f.dirs.values().cloned()).collect(),
+        });
     }
     let known = |id: SegmentId| {
         let found = loaded.segments.iter().find(|(segment, _, live)| *segment == id && 0 < *live);
@@ -121,6 +124,24 @@ pub(crate) async fn open<I: Io, T: 'static>(
             batch.partitions.push((partition.partition, partition.row()));
         }
     }
+    let found: Vec<RecoveredPartition> = partitions
+        .by_id
+        .iter()
+        .map(|(id, slot)| {
+            let partition = &partitions.list[*slot as usize];
+            RecoveredPartition {
+                partition: *id,
+                start_offset: partition.start_offset,
+                end_offset: partition.end_offset,
+                state: state.remove(id).unwrap_or_default().into_iter().collect(),
+                replayed: batches.remove(id).unwrap_or_default(),
+            }
+        })
+        .collect();
+    // What is replayed now is not replayed again: what follows from it has to be in the same batch.
+    let mut derived = StateBatch::default();
+    derive(&found, &mut derived);
+    batch.state.append(&mut derived.rows);
     batch.covered = Covered { end, sealed: false };
     batch.flush = true;
     let mut released = Vec::new();
@@ -160,20 +181,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
     }
 
     let recovered = Recovered {
-        partitions: partitions
-            .by_id
-            .iter()
-            .map(|(id, slot)| {
-                let partition = &partitions.list[*slot as usize];
-                RecoveredPartition {
-                    partition: *id,
-                    start_offset: partition.start_offset,
-                    end_offset: partition.end_offset,
-                    state: state.remove(id).unwrap_or_default().into_iter().collect(),
-                    replayed: batches.remove(id).unwrap_or_default(),
-                }
-            })
-            .collect(),
+        partitions: found,
         replayed_blocks: replayed.blocks,
         replayed_bytes: replayed.bytes,
         took: io.now().saturating_sub(started),

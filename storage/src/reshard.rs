@@ -20,7 +20,8 @@ use crate::index::kv::KvBatch;
 use crate::index::{Covered, Index, IndexError, MovedRow};
 use crate::io::Io;
 use crate::journal::JournalEnd;
-use crate::store::{OpenError, Recovered, Store, StoreConfig};
+use crate::state::StateBatch;
+use crate::store::{OpenError, Recovered, RecoveredPartition, Store, StoreConfig};
 
 /// What is gathered for a family before it is written.
 const BATCH_BYTES: usize = 1 << 20;
@@ -44,9 +45,14 @@ pub struct Moved {
     pub extents: u64,
 }
 
-/// Recovers a store and closes it: its index has all that its journal has.
-pub async fn seal<I: Io>(io: I, config: StoreConfig, index: Index) -> Result<Recovered, ReshardError> {
-    let (store, recovered) = Store::<I, ()>::open(io, config, index).await?;
+/// Recovers a store and closes it: its index has all that its journal has. `derive` as in [`Store::open_with`].
+pub async fn seal<I: Io>(
+    io: I,
+    config: StoreConfig,
+    index: Index,
+    derive: impl FnOnce(&[RecoveredPartition], &mut StateBatch),
+) -> Result<Recovered, ReshardError> {
+    let (store, recovered) = Store::<I, ()>::open_with(io, config, index, derive).await?;
     let sealed = store.seal().await;
     store.close().await;
     sealed?;

@@ -364,7 +364,18 @@ impl Partitions {
 impl<I: Io, T: 'static> Store<I, T> {
     /// Opens or makes the store in `config.dir` and replays the journal. Nothing is flushed before [`Store::start`].
     pub async fn open(io: I, config: StoreConfig, index: Index) -> Result<(Store<I, T>, Recovered), OpenError> {
-        let (inner, recovered) = crate::open::open(io, config, index).await?;
+        Store::open_with(io, config, index, |_, _| {}).await
+    }
+
+    /// As [`Store::open`]; `derive` gives the rows of state that follow from the replayed batches. They become durable
+    /// together with the end of the replay: after a crash from then on those batches are not replayed again.
+    pub async fn open_with(
+        io: I,
+        config: StoreConfig,
+        index: Index,
+        derive: impl FnOnce(&[RecoveredPartition], &mut StateBatch),
+    ) -> Result<(Store<I, T>, Recovered), OpenError> {
+        let (inner, recovered) = crate::open::open(io, config, index, derive).await?;
         Ok((Store(Rc::new(inner)), recovered))
     }
 
