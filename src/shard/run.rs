@@ -22,7 +22,7 @@ use super::command::ShardCommand;
 use super::consumer::CursorSaver;
 use super::counters::Counters;
 use super::mesh::{Mesh, MeshEnds, MeshMessage};
-use super::stats::{ShardStats, StoreFigures};
+use super::stats::ShardStats;
 use super::{Hosted, Limits, Shard, listen, publish};
 use crate::broker::Partition;
 use crate::broker::partition::Replayed;
@@ -259,6 +259,7 @@ impl Shard {
             retention_age: (policy.retention_ms != 0).then(|| Duration::from_millis(policy.retention_ms)),
             retention_bytes: (policy.retention_bytes != 0).then_some(policy.retention_bytes),
             cache_bytes: (policy.cache_bytes != 0).then_some(policy.cache_bytes),
+            trim_consumed: false,
         };
         let index = self.by_id.borrow().get(&id.0).copied();
         if let Some(hosted) = index.and_then(|index| {
@@ -350,7 +351,7 @@ impl Shard {
         let ticker = drava_runtime::executor::ticker_stats();
         let connections = self.connections.borrow();
         let consumers: usize = connections.values().map(|connection| connection.consumer_count()).sum();
-        let figures = self.store.figures();
+        let store = self.store.figures();
         let counters = &self.counters;
         ShardStats {
             shard: self.id.0,
@@ -374,23 +375,8 @@ impl Shard {
             ticker_ticks: ticker.ticks,
             ticker_late: ticker.late,
             ticker_latest: ticker.latest,
-            store: StoreFigures {
-                flushes: figures.flushes,
-                flushed_bytes: figures.flushed_bytes,
-                flush_micros_total: figures.flush_micros_total,
-                staged_bytes: figures.staged_bytes,
-                cache_bytes: figures.cache_bytes,
-                cache_hits: figures.cache_hits,
-                cache_misses: figures.cache_misses,
-                disk_read_bytes: figures.disk_read_bytes,
-                segments: figures.segments,
-                segments_spare: figures.segments_spare,
-                segments_recycled: figures.segments_recycled,
-                live_bytes: figures.live_bytes,
-                ledgers_deleted: figures.ledgers_deleted,
-                index_batches: figures.index_batches,
-            },
-            read_only: self.read_only.get() || figures.read_only,
+            store,
+            read_only: self.read_only.get() || store.read_only,
         }
     }
 }

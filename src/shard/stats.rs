@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use drava_storage::StoreFigures;
+
 /// A copy of all figures of one shard at one moment. The HTTP admin turns them into Prometheus metrics.
 #[derive(Clone, Debug, Default)]
 pub struct ShardStats {
@@ -30,30 +32,6 @@ pub struct ShardStats {
     pub ticker_late: u64,
     pub ticker_latest: Duration,
     pub store: StoreFigures,
-    /// The shard takes no more publishes: a write or sync failed. Gauge.
+    /// The shard takes no more publishes: a write or sync failed, as the shard or its store found. Gauge.
     pub read_only: bool,
-}
-
-/// The figures of the shard's store.
-#[derive(Clone, Debug, Default)]
-pub struct StoreFigures {
-    pub flushes: u64,
-    pub flushed_bytes: u64,
-    pub flush_micros_total: u64,
-    /// Gauge: staged and not yet durable.
-    pub staged_bytes: u64,
-    /// Gauge.
-    pub cache_bytes: u64,
-    pub cache_hits: u64,
-    pub cache_misses: u64,
-    pub disk_read_bytes: u64,
-    /// Gauge.
-    pub segments: u64,
-    /// Gauge.
-    pub segments_spare: u64,
-    pub segments_recycled: u64,
-    /// Gauge: bytes of live entries.
-    pub live_bytes: u64,
-    pub ledgers_deleted: u64,
-    pub index_batches: u64,
 }

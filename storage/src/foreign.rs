@@ -13,9 +13,10 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::mpsc;
 
-use crate::index::{Index, IndexError};
+use crate::index::{ExtentRow, Index, IndexError};
 use crate::io::Io;
 use crate::segment::{self, SegmentId};
+use crate::store::Inner;
 
 /// Foreign segments kept open for readers.
 const OPEN_MAX: usize = 32;
@@ -116,6 +117,21 @@ impl<I: Io> Foreign<I> {
                 return;
             }
         }
+    }
+}
+
+impl<I: Io, T: 'static> Inner<I, T> {
+    /// The file that an extent lies in, opened when it is not open.
+    pub(crate) async fn file_of(&self, row: &ExtentRow) -> io::Result<Rc<I::File>> {
+        match row.store {
+            None => self.journal.file(row.segment).await,
+            Some(store) => self.foreign.file(store, row.segment).await,
+        }
+    }
+
+    /// Of the own segment that an extent lies in. `None`: the segment is gone, or is another store's.
+    pub(crate) fn generation_of(&self, row: &ExtentRow) -> Option<u64> {
+        if row.store.is_some() { None } else { self.journal.generation(row.segment) }
     }
 }
 

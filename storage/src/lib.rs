@@ -18,7 +18,9 @@
 
 mod backlog;
 pub mod block;
+pub mod budget;
 mod cache;
+mod damage;
 pub mod dump;
 mod flush;
 pub mod foreign;
@@ -32,11 +34,14 @@ mod pool;
 mod record_log;
 mod recovery;
 pub mod reshard;
+mod scrub;
 pub mod segment;
 mod stage;
 mod state;
 mod store;
 
+pub use budget::Budget;
+pub use damage::{Damage, DamagedMessages, DamagedPlace, FoundBy};
 pub use foreign::{ForeignStores, StoreId};
 pub use index::{Index, IndexDb, IndexError};
 pub use io::Io;

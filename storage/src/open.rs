@@ -11,6 +11,7 @@ use drava_runtime::local::{Broadcast, Notify};
 use crate::backlog::Backlog;
 use crate::block::{ExtentHeader, ExtentKind};
 use crate::cache::BlockCache;
+use crate::damage::Registry;
 use crate::flush::Indexing;
 use crate::foreign::Foreign;
 use crate::index::{Covered, ExtentRow, Index, IndexBatch, IndexThread};
@@ -20,7 +21,8 @@ use crate::ledger::{Ledgers, RollPolicy, Writer};
 use crate::managed_ledger::ManagedLedger;
 use crate::pool::BufferPool;
 use crate::recovery::{self, Visited, Visitor, open_error};
-use crate::segment::{self, SegmentId};
+use crate::scrub::Scrub;
+use crate::segment::{self, SegmentId, SegmentKind};
 use crate::stage::Staging;
 use crate::state::{RowChange, StateBatch};
 use crate::store::{
@@ -58,7 +60,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
     }
     let known = |id: SegmentId| {
         let found = loaded.segments.iter().find(|(segment, _, live)| *segment == id && 0 < *live);
-        found.map(|(_, generation, _)| *generation)
+        found.map(|(_, generation, _)| (*generation, SegmentKind::Journal))
     };
     let mut segments = recovery::survey(&io, &config.dir, config.shard, &known).await?;
     for &(id, generation, live_bytes) in &loaded.segments {
@@ -180,6 +182,9 @@ pub(crate) async fn open<I: Io, T: 'static>(
         partition.trim_tail(end.next_sequence, indexed_sequence);
     }
 
+    let damage = Registry::load(loaded.damage);
+    let scrub = Scrub::load(&loaded.scrub, &replayed.damaged, |segment| journal.generation(SegmentId(segment)));
+
     let recovered = Recovered {
         partitions: found,
         replayed_blocks: replayed.blocks,
@@ -216,6 +221,8 @@ pub(crate) async fn open<I: Io, T: 'static>(
         progress: Broadcast::default(),
         stopped: Cell::new(false),
         sink: RefCell::new(None),
+        damage: RefCell::new(damage),
+        scrub: RefCell::new(scrub),
         journal,
         index,
         config,

@@ -69,6 +69,7 @@ pub fn move_rows(
     let mut targets: Vec<Target<'_>> = new.iter_mut().map(Target::new).collect();
     let mut partitions = BTreeSet::new();
     let mut moved = Moved::default();
+    let mut damages = 0;
     let mut end = JournalEnd { next_sequence: 1, ..JournalEnd::default() };
     for (store, index) in old {
         let covered = index.covered()?.filter(|covered| covered.sealed).ok_or(ReshardError::NotSealed(*store))?;
@@ -77,7 +78,7 @@ pub fn move_rows(
         end.generation = end.generation.max(covered.end.generation);
         let mut failed = None;
         index.kv.scan(&[], &mut |key, value| {
-            let taken = MovedRow::decode(*store, key, value).and_then(|row| {
+            let taken = MovedRow::decode(*store, key, value, &mut damages).and_then(|row| {
                 let Some(row) = row else { return Ok(()) };
                 partitions.insert(row.partition);
                 moved.extents += u64::from(row.extent.is_some());

@@ -15,6 +15,7 @@ use drava_runtime::local::{Broadcast, Notify, oneshot};
 use crate::backlog::Backlog;
 use crate::block::{self, EXTENT_HEADER_BYTES};
 use crate::cache::BlockCache;
+use crate::damage::{Damage, Registry};
 use crate::flush::{Flushing, Indexing};
 use crate::foreign::{Foreign, ForeignStores};
 use crate::index::{Index, IndexError, IndexThread, PartitionRow};
@@ -23,6 +24,7 @@ use crate::journal::Journal;
 use crate::ledger::{Ledgers, RollPolicy};
 use crate::managed_ledger::ManagedLedger;
 use crate::pool::BufferPool;
+use crate::scrub::Scrub;
 use crate::segment;
 use crate::stage::{NewStaged, Staging};
 use crate::state::{KEY_BYTES_MAX, RowChange, StateBatch, VALUE_BYTES_MAX};
@@ -56,6 +58,10 @@ pub struct StoreConfig {
     pub disk_reserve_bytes: u64,
     /// Whether the checksum of every batch is compared when it is read from disk.
     pub verify_reads: bool,
+    /// What the scrubber reads in a second; 0: nothing is scrubbed.
+    pub scrub_bytes_per_s: u64,
+    /// The scrubber begins anew so long after it began, at the earliest.
+    pub scrub_interval: Duration,
     /// Stores of earlier layouts of the node that its partitions may still have extents in.
     pub foreign: Option<ForeignStores>,
 }
@@ -77,6 +83,8 @@ impl Default for StoreConfig {
             index_flush_bytes: 128 << 20,
             disk_reserve_bytes: 1 << 30,
             verify_reads: true,
+            scrub_bytes_per_s: 8 << 20,
+            scrub_interval: Duration::from_secs(7 * 86_400),
             foreign: None,
         }
     }
@@ -105,6 +113,9 @@ pub struct PartitionLimits {
     pub retention_bytes: Option<u64>,
     /// What the partition may hold in the ledger cache. `None`: as much as the shard has.
     pub cache_bytes: Option<u64>,
+    /// Closed ledgers that every durable cursor has passed are deleted, whatever their age and size. Without a cursor
+    /// nothing is: a subscriber that has not come yet must not find its messages gone.
+    pub trim_consumed: bool,
 }
 
 /// One batch to append.
@@ -287,24 +298,36 @@ pub struct ReplayedBatch {
     pub base_sequence: u64,
 }
 
-/// Counters since open, and gauges. The fields are those of the shard's figures.
-#[derive(Clone, Copy, Debug, Default)]
+/// The figures of a store: counters since it was opened, and gauges, which say so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StoreFigures {
     pub flushes: u64,
     pub flushed_bytes: u64,
     pub flush_micros_total: u64,
+    /// Gauge: staged and not yet durable.
     pub staged_bytes: u64,
+    /// Gauge.
     pub cache_bytes: u64,
     pub cache_hits: u64,
     pub cache_misses: u64,
     pub disk_read_bytes: u64,
+    /// Gauge.
     pub segments: u64,
+    /// Gauge.
     pub segments_spare: u64,
     pub segments_recycled: u64,
+    /// Gauge: bytes of live entries.
     pub live_bytes: u64,
     pub ledgers_deleted: u64,
     pub index_batches: u64,
+    /// Gauge: a write or sync failed, or the store was closed.
     pub read_only: bool,
+    /// Entries of the damage registry, and the messages that they name.
+    pub damaged_ranges: u64,
+    pub damaged_messages: u64,
+    pub scrubbed_bytes: u64,
+    /// Passes of the scrubber that came to their end.
+    pub scrub_passes: u64,
     /// Gauge: bytes of live entries in stores of earlier layouts.
     pub foreign_live_bytes: u64,
 }
@@ -340,6 +363,8 @@ pub(crate) struct Inner<I: Io, T: 'static> {
     pub(crate) progress: Broadcast,
     pub(crate) stopped: Cell<bool>,
     pub(crate) sink: RefCell<Option<Sink<T>>>,
+    pub(crate) damage: RefCell<Registry>,
+    pub(crate) scrub: RefCell<Scrub>,
     pub(crate) foreign: Foreign<I>,
 }
 
@@ -390,6 +415,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         inner.io.spawn(inner.clone().run_indexer(sink));
         inner.io.spawn(inner.clone().run_housekeeping());
         inner.io.spawn(inner.journal.clone().run());
+        inner.io.spawn(inner.clone().run_scrubber());
         inner.woken.notify();
     }
 
@@ -712,8 +738,16 @@ impl<I: Io, T: 'static> Store<I, T> {
         (figures.segments, figures.segments_spare, figures.segments_recycled, figures.live_bytes) =
             inner.journal.figures();
         figures.read_only = self.is_read_only();
+        (figures.damaged_ranges, figures.damaged_messages) = inner.damage.borrow().count();
         figures.foreign_live_bytes = inner.foreign.live_bytes();
         figures
+    }
+}
+
+impl<I: Io, T: 'static> Store<I, T> {
+    /// What cannot be read any more: messages by partition and offset, then places that are not known to hold any.
+    pub fn damage(&self) -> Vec<Damage> {
+        self.0.damage.borrow().list()
     }
 }
 

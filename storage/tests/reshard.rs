@@ -15,9 +15,6 @@ use drava_storage::foreign::{self, StoreId};
 use drava_storage::reshard::{self, Moved};
 use drava_storage::{GlommioIo, Index, IndexDb, OpenError, PartitionLimits, PartitionSlot, Store, StoreConfig};
 
-const OLD: PartitionLimits =
-    PartitionLimits { retention_age: Some(Duration::from_secs(3600)), retention_bytes: None, cache_bytes: None };
-
 /// What the node would keep in its format file.
 #[derive(Clone)]
 struct Layout {
@@ -152,7 +149,8 @@ impl Node {
         let (slot, shard) = (self.slots[&id], self.shard(id));
         let batches = &self.expected[&id].batches;
         shard.store.set_floor(slot, Some(batches[batches.len() / 2].0));
-        shard.store.open_partition(id, OLD);
+        let retention_age = Some(Duration::from_secs(3600));
+        shard.store.open_partition(id, PartitionLimits { retention_age, ..PartitionLimits::default() });
         let before = shard.store.span(slot).start_offset;
         while shard.store.span(slot).start_offset == before {
             drava_runtime::time::sleep(Duration::from_millis(5)).await;

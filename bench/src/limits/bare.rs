@@ -501,4 +501,3 @@ impl FrameClock {
 fn u32_at(bytes: &[u8; HEADER_BYTES], position: usize) -> u32 {
     u32::from_le_bytes([bytes[position], bytes[position + 1], bytes[position + 2], bytes[position + 3]])
 }
-

@@ -239,8 +239,9 @@ fn write(metric: MetricEncoder<'_>, kind: Kind, value: Value) -> fmt::Result {
 mod tests {
     use std::time::Duration;
 
+    use drava_storage::StoreFigures;
+
     use super::*;
-    use crate::shard::stats::StoreFigures;
 
     /// Every figure has another value here; a new field of either struct does not compile until it has one, too.
     fn distinct() -> ShardStats {
@@ -281,6 +282,8 @@ mod tests {
                 live_bytes: 1032,
                 ledgers_deleted: 1033,
                 index_batches: 1034,
+                // Exported as the shard's.
+                read_only: true,
             },
             read_only: true,
         }

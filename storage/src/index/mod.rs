@@ -20,6 +20,7 @@ use drava_runtime::foreign::{Inbox, InboxSender, Reply, ReplySender, inbox, repl
 pub use self::rocks::IndexDb;
 
 use self::kv::{Kv, KvBatch};
+use crate::damage::{Damage, DamageRow};
 use crate::foreign::{ForeignSegment, StoreId};
 use crate::io::Io;
 use crate::journal::JournalEnd;
@@ -31,6 +32,8 @@ const TABLE_LEDGER: u8 = b'l';
 const TABLE_PARTITION: u8 = b'p';
 const TABLE_STATE: u8 = b's';
 const TABLE_SEGMENT: u8 = b'g';
+const TABLE_DAMAGE: u8 = b'd';
+const TABLE_SCRUB: u8 = b'r';
 const TABLE_FOREIGN: u8 = b'f';
 const VERSION: u8 = 1;
 
@@ -133,9 +136,24 @@ pub(crate) struct MovedRow {
 }
 
 impl MovedRow {
-    /// `None`: the row is about the store itself and not about a partition.
-    pub(crate) fn decode(store: StoreId, key: &[u8], value: &[u8]) -> Result<Option<MovedRow>, IndexError> {
+    /// `None`: the row is about the store itself and not about a partition. `damages` counts the entries of the damage
+    /// registries, which are numbered anew.
+    pub(crate) fn decode(
+        store: StoreId,
+        key: &[u8],
+        value: &[u8],
+        damages: &mut u64,
+    ) -> Result<Option<MovedRow>, IndexError> {
         let Some((table, mut rest)) = key.split_first() else { return Ok(None) };
+        if *table == TABLE_DAMAGE {
+            let moved = Damage::decode(value).and_then(Damage::without_place);
+            let moved = moved.map(|(partition, value)| {
+                let key = damage_key(*damages).to_vec();
+                *damages += 1;
+                MovedRow { partition, key, value, extent: None }
+            });
+            return Ok(moved);
+        }
         if ![TABLE_EXTENT, TABLE_LEDGER, TABLE_PARTITION, TABLE_STATE].contains(table) {
             return Ok(None);
         }
@@ -191,6 +209,10 @@ pub(crate) struct IndexBatch {
     pub(crate) covered: Covered,
     /// Make everything up to here durable.
     pub(crate) flush: bool,
+    /// Rows of the damage registry.
+    pub(crate) damage: Vec<DamageRow>,
+    /// How far the scrubber has come.
+    pub(crate) scrub: Option<Vec<u8>>,
 }
 
 /// Everything of a partition below these is deleted.
@@ -217,6 +239,10 @@ pub(crate) struct Loaded {
     pub(crate) partitions: BTreeMap<PartitionId, LoadedPartition>,
     /// Segment, generation, live bytes.
     pub(crate) segments: Vec<(SegmentId, u64, u64)>,
+    /// Rows of the damage registry, by number.
+    pub(crate) damage: Vec<(u64, Vec<u8>)>,
+    /// How far the scrubber had come.
+    pub(crate) scrub: Vec<u8>,
     /// Live bytes in segments of other stores.
     pub(crate) foreign: BTreeMap<ForeignSegment, u64>,
 }
@@ -401,7 +427,8 @@ impl Family {
         if let Some(value) = self.kv.get(&[TABLE_COVERED])? {
             loaded.covered = Some(Covered::decode(&value)?);
         }
-        for table in [TABLE_PARTITION, TABLE_LEDGER, TABLE_STATE, TABLE_SEGMENT, TABLE_FOREIGN] {
+        loaded.scrub = self.kv.get(&[TABLE_SCRUB])?.unwrap_or_default();
+        for table in [TABLE_PARTITION, TABLE_LEDGER, TABLE_STATE, TABLE_SEGMENT, TABLE_DAMAGE, TABLE_FOREIGN] {
             self.rows(&[table], &[table], |key, value| loaded.take(table, key, value).map(ControlFlow::Continue))?;
         }
         Ok(loaded)
@@ -483,6 +510,16 @@ impl Family {
             key.extend_from_slice(&segment.0.to_be_bytes());
             batch.put(key, value);
             rows.push((segment, row));
+        }
+        for (number, value) in &changes.damage {
+            let key = damage_key(*number);
+            match value {
+                Some(value) => batch.put(key, &value[..]),
+                None => batch.delete(key),
+            }
+        }
+        if let Some(scrub) = &changes.scrub {
+            batch.put([TABLE_SCRUB], &scrub[..]);
         }
         let mut foreign = BTreeMap::new();
         for &(segment, bytes) in &applied.released_foreign {
@@ -590,6 +627,10 @@ impl Loaded {
             self.segments.push((SegmentId(be_u32(&mut key)?), le_u64(&mut value)?, le_u64(&mut value)?));
             return Ok(());
         }
+        if table == TABLE_DAMAGE {
+            self.damage.push((be_u64(&mut key)?, value.to_vec()));
+            return Ok(());
+        }
         let partition = PartitionId(be_u64(&mut key)?);
         if table == TABLE_PARTITION {
             let row = PartitionRow::decode(value)?;
@@ -623,6 +664,12 @@ fn rows(
         })
     })?;
     bad.map_or(Ok(()), Err)
+}
+
+fn damage_key(number: u64) -> [u8; 9] {
+    let mut key = [TABLE_DAMAGE; 9];
+    key[1..].copy_from_slice(&number.to_be_bytes());
+    key
 }
 
 fn foreign_key((store, segment): ForeignSegment) -> [u8; 7] {
