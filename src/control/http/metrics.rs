@@ -124,6 +124,7 @@ const SHARD_FIGURES: &[ShardFigure] = &[
     gauge("drava_store_spare_segments", "Segment files that are prepared and empty.", |s| Count(s.store.segments_spare)),
     counter("drava_store_segments_recycled", "Segment files used again.", |s| Count(s.store.segments_recycled)),
     bytes(gauge("drava_store_live", "Bytes of live entries.", |s| Count(s.store.live_bytes))),
+    bytes(gauge("drava_store_foreign_live", "Bytes of live entries in stores of another number of shards.", |s| Count(s.store.foreign_live_bytes))),
     counter("drava_store_ledgers_deleted", "Ledgers deleted by retention or with their topic.", |s| Count(s.store.ledgers_deleted)),
     counter("drava_store_index_batches", "Write batches applied to the index.", |s| Count(s.store.index_batches)),
     gauge("drava_store_damaged_ranges", "Places and runs of messages that cannot be read any more; /v1/damage lists them.", |s| Count(s.store.damaged_ranges)),
