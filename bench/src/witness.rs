@@ -303,8 +303,11 @@ fn read(
         let broken = |source| WitnessError::Batch { partition, offset, source };
         let mut rest = &batches.payload[..];
         while !rest.is_empty() {
-            let batch_bytes = batch::check(rest).map_err(broken)?.batch_bytes as usize;
-            for record in Records::open(&rest[..batch_bytes], UNPACKED_BYTES_MAX).map_err(broken)?.iter() {
+            let batch_bytes = batch::header(rest).map_err(broken)?.batch_bytes as usize;
+            // One that is cut off is told by its check.
+            let batch = rest.get(..batch_bytes).unwrap_or(rest);
+            batch::check(batch).map_err(broken)?;
+            for record in Records::open(batch, UNPACKED_BYTES_MAX).map_err(broken)?.iter() {
                 let record = record.map_err(broken)?;
                 if record.offset < offset {
                     continue;
