@@ -22,7 +22,8 @@ use drava_protocol::ErrorCode;
 use drava_protocol::batch::Seal;
 use drava_protocol::message::{self, Ack, DeleteTopic, Fetch, Kind, Lookup, Place, Publish, Subscribe, TopicPolicy};
 
-/// `DRAVA_DAMAGE_CASES` for the long form, 500 in `scripts/soak`; `DRAVA_DAMAGE_SEED` begins elsewhere.
+/// `DRAVA_DAMAGE_CASES` for the long form, 500 in `scripts/soak`; `DRAVA_DAMAGE_SEED` begins elsewhere. Directories of
+/// cases that fail are kept in `DRAVA_DAMAGE_KEEP`, as the node left them.
 const CASES: u64 = 40;
 const SEED: u64 = 1;
 /// Exit code of a node that a bug stopped.
@@ -74,6 +75,9 @@ fn a_damaged_data_directory_is_refused_or_served_without_one_wrong_byte() {
                             let log = fs::read_to_string(log_of(&copy)).unwrap_or_default();
                             let kind = original.file_name().unwrap().to_string_lossy().into_owned();
                             let text = panic_text(&*panic);
+                            if let Some(keep) = std::env::var_os("DRAVA_DAMAGE_KEEP") {
+                                copy_tree(&copy, &Path::new(&keep).join(format!("case-{seed}")));
+                            }
                             failures.lock().unwrap().push(format!(
                                 "DRAVA_DAMAGE_SEED={seed} ({kind}): {text}\n  damage: {}\n  log: {}",
                                 damage.join("; "),
@@ -146,8 +150,12 @@ fn publish(node: &Node, published: &mut Published, count: usize) {
             let end = all.len() + count;
             while all.len() < end {
                 let first = all.len();
-                let payloads: Vec<_> = (first..(first + 1 + first % 4).min(end)).map(|i| payload(name, index, i)).collect();
-                assert_eq!(wire.publish(place.partition, &batch_of(&Seal::default(), &payloads)).base_offset, first as u64);
+                let payloads: Vec<_> =
+                    (first..(first + 1 + first % 4).min(end)).map(|i| payload(name, index, i)).collect();
+                assert_eq!(
+                    wire.publish(place.partition, &batch_of(&Seal::default(), &payloads)).base_offset,
+                    first as u64
+                );
                 all.extend(payloads);
             }
         }
@@ -324,7 +332,11 @@ fn run_case(copy: &Path, published: &Published, random: &mut Random) -> End {
         let text = said();
         if 0 < missing.silently {
             let told = ["damage", "torn", "quarantine"].iter().any(|word| text.to_lowercase().contains(word));
-            assert!(told, "{} messages are missing and nobody says so, {} with an error", missing.silently, missing.told);
+            assert!(
+                told,
+                "{} messages are missing and nobody says so, {} with an error",
+                missing.silently, missing.told
+            );
         }
         if 0 < missing.silently + missing.told {
             end = End::Told;
@@ -378,7 +390,10 @@ fn serve_case(node: &Node, expected: &mut Published) -> Missing {
         }
         let base_offset = expect!(answer, Published).base_offset;
         let read_back = wire.call(&Fetch { partition, offset: base_offset, bytes_max: 1, wait_ms: 0 }).unwrap();
-        assert!(records_of(&read_back.payload).contains(&(base_offset, payload.clone())), "{name}/{index}: not read back");
+        assert!(
+            records_of(&read_back.payload).contains(&(base_offset, payload.clone())),
+            "{name}/{index}: not read back"
+        );
         if end == Some(expected.len() as u64) {
             assert_eq!(base_offset, expected.len() as u64, "{name}/{index}: the end moved");
             expected.push(payload);
@@ -412,7 +427,10 @@ fn read(wire: &mut Wire, partition: u64, expected: &[Vec<u8>], missing: &mut Mis
         let mut next = offset;
         for (at, payload) in records.into_iter().filter(|(at, _)| offset <= *at) {
             assert_eq!(at, next, "offsets were skipped without a word");
-            assert!(expected.get(at as usize) == Some(&payload), "the message at offset {at} is not what was published");
+            assert!(
+                expected.get(at as usize) == Some(&payload),
+                "the message at offset {at} is not what was published"
+            );
             next += 1;
         }
         assert_eq!(next, fetched.next_offset, "offsets were skipped without a word");
