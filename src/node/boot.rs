@@ -131,7 +131,7 @@ pub fn start(config: &NodeConfig) -> Result<RunningNode, BootError> {
     let signals =
         Signals::new([signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT]).map_err(BootError::Signals)?;
     let (control_executor, control_started) =
-        start_control(config, &data_dir, &ports, held, control_inbox, shard_senders)?;
+        start_control(config, &data_dir, &ports, held, &recovered, control_inbox, shard_senders)?;
     data_dir.write_ports(&ports)?;
     Ok(RunningNode {
         ports,
@@ -152,6 +152,7 @@ fn start_control(
     data_dir: &DataDir,
     ports: &Ports,
     held: Held,
+    recovered: &[Started],
     requests: Inbox<ControlRequest>,
     shards: Vec<InboxSender<ShardCommand>>,
 ) -> Result<(ExecutorHandle<Result<(), String>>, ControlStarted), BootError> {
@@ -169,6 +170,7 @@ fn start_control(
     };
     let mut control_config = ControlConfig::new(registration);
     control_config.drain_timeout = config.drain_timeout();
+    control_config.highest_partition = recovered.iter().filter_map(|found| found.highest_partition).max();
     let meta = data_dir.meta();
     let admin: SocketAddr = ports.admin;
     let executor = ExecutorConfig::new("control", config.control_core());

@@ -221,6 +221,11 @@ pub fn holder(dir: &Path) -> Option<Option<u32>> {
     }
 }
 
+/// Whether a node made it.
+pub fn is_made(dir: &Path) -> bool {
+    dir.join(FORMAT_FILE).exists()
+}
+
 /// What `ports.json` says, if there is one.
 pub fn read_ports(dir: &Path) -> Result<Option<Ports>, DataDirError> {
     let file = dir.join(PORTS_FILE);

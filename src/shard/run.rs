@@ -67,6 +67,8 @@ pub struct Started {
     pub replayed_bytes: u64,
     pub took: Duration,
     pub damaged_ranges: usize,
+    /// The highest id of a partition that the store holds something of.
+    pub highest_partition: Option<PartitionId>,
 }
 
 /// Runs a shard until it is drained. On the shard's executor.
@@ -87,6 +89,7 @@ pub async fn run(config: ShardConfig, index: Index) {
         replayed_bytes: recovered.replayed_bytes,
         took: recovered.took,
         damaged_ranges: recovered.damaged.len(),
+        highest_partition: recovered.partitions.iter().map(|found| found.partition).max(),
     };
     for range in &recovered.damaged {
         tracing::error!(shard = %id, ?range, "part of the journal is damaged and quarantined; the rest is served");
