@@ -52,6 +52,14 @@ fn stat_ticks(text: &str) -> Option<u64> {
     Some(user + system)
 }
 
+/// Bytes that a process had written to the disk so far, direct writes and those of the page cache on its behalf.
+pub fn process_written_bytes(pid: u32) -> io::Result<u64> {
+    let path = format!("/proc/{pid}/io");
+    let text = fs::read_to_string(&path)?;
+    let value = text.lines().find_map(|line| line.strip_prefix("write_bytes: ")?.trim().parse().ok());
+    value.ok_or_else(|| malformed(&path))
+}
+
 /// Resident memory of a process, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {

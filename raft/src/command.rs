@@ -110,12 +110,6 @@ pub enum Rejected {
     #[error("a host name has at most {HOST_BYTES_MAX} bytes; that of node {node} has {bytes}")]
     HostTooLong { node: NodeId, bytes: usize },
     #[error(
-        "node {node} has partitions on shard {highest_shard} and was started with {shards} shards; \
-         start it with at least {needed}",
-        needed = highest_shard + 1
-    )]
-    ShardsInUse { node: NodeId, highest_shard: u16, shards: usize },
-    #[error(
         "node {node} is known with incarnation {known:032x} and owns partitions; this one has incarnation \
          {offered:032x}: another data directory, or a new one"
     )]
@@ -137,7 +131,6 @@ impl Rejected {
             | Rejected::TooManyPartitions { .. }
             | Rejected::ShardCount { .. }
             | Rejected::HostTooLong { .. }
-            | Rejected::ShardsInUse { .. }
             | Rejected::OtherIncarnation { .. }
             | Rejected::UnknownNode(_) => ErrorCode::InvalidArgument,
         }

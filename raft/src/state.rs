@@ -29,6 +29,15 @@ pub struct State {
     placed: u64,
 }
 
+/// The shard of a partition on a node that was started with `shards` of them after it had another number.
+///
+/// It follows from the id alone, so that the node's storage, which moves before the metadata is there, comes to the same.
+/// In a group of one node it is also where a partition is placed when it is made, whatever happened before: a start that
+/// was cut short between the two moves can be followed by one with any number of shards.
+pub fn shard_of(partition: PartitionId, shards: u16) -> ShardId {
+    ShardId((partition.0.saturating_sub(1) % u64::from(shards)) as u16)
+}
+
 /// Bytes that are no state.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StateError {
@@ -160,20 +169,32 @@ impl State {
         if registration.host.len() > HOST_BYTES_MAX {
             return Err(Rejected::HostTooLong { node, bytes: registration.host.len() });
         }
-        let highest_shard =
-            self.image.partitions.values().filter(|p| p.owner.node == node).map(|p| p.owner.shard.0).max();
-        if let Some(highest_shard) = highest_shard {
-            if let Some(known) = self.image.nodes.get(&node)
-                && known.incarnation.0 != registration.incarnation
-            {
-                let (known, offered) = (known.incarnation.0, registration.incarnation);
-                return Err(Rejected::OtherIncarnation { node, known, offered });
-            }
-            if shards <= usize::from(highest_shard) {
-                return Err(Rejected::ShardsInUse { node, highest_shard, shards });
-            }
+        if let Some(known) = self.image.nodes.get(&node)
+            && known.incarnation.0 != registration.incarnation
+            && self.image.partitions.values().any(|partition| partition.owner.node == node)
+        {
+            let (known, offered) = (known.incarnation.0, registration.incarnation);
+            return Err(Rejected::OtherIncarnation { node, known, offered });
+        }
+        if self.image.nodes.get(&node).is_some_and(|known| known.shard_count() != shards) {
+            self.place_again(node, shards as u16);
         }
         Ok(self.put_node(registration.clone().into_node()))
+    }
+
+    /// Gives the partitions of a node that comes back with another number of shards to the shards it has now.
+    fn place_again(&mut self, node: NodeId, shards: u16) {
+        let moved: Vec<Partition> = (self.image.partitions.values())
+            .filter(|partition| partition.owner.node == node)
+            .filter(|partition| partition.owner.shard != shard_of(partition.id, shards))
+            .cloned()
+            .collect();
+        let image = Arc::make_mut(&mut self.image);
+        for partition in moved {
+            let owner = Owner { node, shard: shard_of(partition.id, shards) };
+            let term = Term(partition.term.0 + 1);
+            image.partitions.insert(partition.id, Partition { owner, term, ..partition });
+        }
     }
 
     fn mark_node(&mut self, id: NodeId, incarnation: Incarnation, liveness: Liveness) -> Result<Effect, Rejected> {
@@ -352,6 +373,28 @@ mod tests {
     }
 
     #[test]
+    fn partitions_follow_the_number_of_shards_of_their_node() {
+        let mut state = state(3);
+        created(&mut state, &create("a", 4));
+        created(&mut state, &create("gone", 1));
+        state.apply(&delete("gone")).unwrap();
+        let older = state.image().clone();
+        for shards in [2, 5, 1, 8, 3] {
+            let effect = state.apply(&register(1, shards)).unwrap().effect;
+            assert!(matches!(effect, Effect::NodeChanged(_)));
+            created(&mut state, &create(&format!("with-{shards}"), 3));
+            for partition in state.image().partitions.values() {
+                assert_eq!(partition.owner.shard, shard_of(partition.id, shards), "{} of {shards}", partition.id);
+                assert!(state.image().place(partition.id).is_some());
+            }
+        }
+        // Back where it was, under a higher term: an owner of before is told from that of now.
+        let (before, now) = (&older.partitions[&PartitionId(3)], &state.image().partitions[&PartitionId(3)]);
+        assert_eq!(before.owner, now.owner);
+        assert!(before.term < now.term);
+    }
+
+    #[test]
     fn neighbours_are_on_different_nodes() {
         let mut state = state(2);
         state.apply(&register(2, 1)).unwrap();
@@ -405,7 +448,6 @@ mod tests {
                 Command::DeleteTopic { name: name("a"), expected: Some(9) },
                 Rejected::TopicChanged { name: name("a"), expected: TopicId(9), found: TopicId(1) },
             ),
-            (register(1, 1), Rejected::ShardsInUse { node: NodeId(1), highest_shard: 1, shards: 1 }),
             (register(3, 0), Rejected::ShardCount { node: NodeId(3), shards: 0 }),
             (Command::MarkNode { node: 5, incarnation: 0, liveness: Liveness::Down }, Rejected::UnknownNode(NodeId(5))),
         ];

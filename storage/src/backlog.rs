@@ -14,6 +14,7 @@ use drava_protocol::PartitionId;
 use drava_runtime::local::Broadcast;
 
 use crate::block::{self, EXTENT_HEADER_BYTES, ExtentKind};
+use crate::damage::FoundBy;
 use crate::index::ExtentRow;
 use crate::io::{ALIGNMENT, File, Io};
 use crate::store::{Inner, ReadError, Run};
@@ -65,12 +66,17 @@ struct Chunk {
 
 enum ChunkState {
     Reading,
-    Ready { memory: Rc<dyn AsRef<[u8]>>, pieces: Vec<Piece> },
+    Ready {
+        memory: Rc<dyn AsRef<[u8]>>,
+        pieces: Vec<Piece>,
+    },
+    /// The messages lie elsewhere by now, or are deleted.
+    Moved,
     Failed(ReadError),
 }
 
-/// Good batches side by side in a chunk's memory.
-struct Piece {
+/// Good batches side by side in memory.
+pub(crate) struct Piece {
     offsets: Range<u64>,
     bytes: Range<usize>,
 }
@@ -211,6 +217,10 @@ impl<I: Io, T: 'static> Inner<I, T> {
                         error => error,
                     }));
                 }
+                ChunkState::Moved => {
+                    self.backlog.streams.borrow_mut().retain(|other| !Rc::ptr_eq(other, &stream));
+                    return Ok(None);
+                }
                 ChunkState::Ready { memory, pieces } => {
                     let served = serve(memory, pieces, &chunk.offsets, offset, bytes_max, out);
                     return served.map(Some).map_err(|error| self.trimmed(partition_index, offset).unwrap_or(error));
@@ -330,6 +340,9 @@ impl<I: Io, T: 'static> Inner<I, T> {
             start..end.next_multiple_of(ALIGNMENT as u64)
         });
         let bytes = span.as_ref().map_or(0, |span| span.end - span.start);
+        if span.is_none() {
+            self.report_hole(stream.partition, offsets.start, None, FoundBy::Read).await;
+        }
         let budget = self.backlog.bytes.clone();
         budget.set(budget.get() + bytes);
         let state = match &span {
@@ -359,53 +372,117 @@ impl<I: Io, T: 'static> Inner<I, T> {
     ) -> Result<ChunkState, ReadError> {
         let segment = extents[0].segment;
         let failed = |error: std::io::Error| ReadError::Io { segment: segment.0, message: error.to_string() };
-        let file = self.journal.file(segment).await.map_err(failed)?;
-        let read = file.read_at(span.start, (span.end - span.start) as usize).await.map_err(failed)?;
+        let span_bytes = (span.end - span.start) as usize;
+        let mut verify = self.config.verify_reads;
+        let memory: Rc<dyn AsRef<[u8]>> = match self.journal.file(segment).await {
+            Ok(file) => match file.read_at(span.start, span_bytes).await {
+                Ok(read) => Rc::new(ReadMemory(read)),
+                Err(error) if is_unreadable(&error) => {
+                    // What can be read of it is served. The rest is zeros, which no checksum lets pass.
+                    verify = true;
+                    Rc::new(read_pages(&*file, span.start, span_bytes).await.map_err(failed)?)
+                }
+                Err(error) => return Err(failed(error)),
+            },
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Rc::new(Vec::new()),
+            Err(error) => return Err(failed(error)),
+        };
+        let read = (*memory).as_ref();
         let mut figures = self.figures.get();
         figures.disk_read_bytes += read.len() as u64;
         self.figures.set(figures);
         let mut pieces = Vec::with_capacity(extents.len());
         for row in extents {
-            let start = (row.position - span.start) as usize;
-            let body_start = start + EXTENT_HEADER_BYTES;
-            let body = body_start..body_start + row.body_bytes as usize;
-            let found = read.get(start..body_start).and_then(|head| block::extent_header(head).ok());
-            let found = found.filter(|header| {
-                header.kind == ExtentKind::Data
-                    && header.ledger.partition == partition
-                    && header.ledger.sequence == row.ledger
-                    && header.first_entry == row.first_entry
-                    && header.base_offset == row.first_offset
-                    && header.next_offset() == row.next_offset
-                    && header.body_bytes == row.body_bytes
-                    && header.block_sequence == row.block_sequence
-            });
-            let (Some(header), Some(bytes)) = (found, read.get(body.clone())) else { continue };
-            if !self.config.verify_reads {
-                pieces.push(Piece { offsets: row.first_offset..row.next_offset, bytes: body });
-                continue;
+            let first = pieces.len();
+            good_pieces(partition, row, read, (row.position - span.start) as usize, verify, &mut pieces);
+            let missing = missing(row, &pieces[first..]);
+            if !missing.is_empty() && !self.report(partition, row, &missing, FoundBy::Read).await {
+                return Ok(ChunkState::Moved);
             }
-            // One piece when all is well, one between any two bad places otherwise.
-            let mut piece: Option<Piece> = None;
-            block::check_batches(&header, bytes, |batch, position| {
-                let offsets = batch.base_offset..batch.base_offset + batch.record_count as u64;
-                let start = body_start + position;
-                let end = start + drava_protocol::frame::padded(batch.batch_bytes as usize);
-                match &mut piece {
-                    Some(piece) if piece.offsets.end == offsets.start && piece.bytes.end == start => {
-                        piece.offsets.end = offsets.end;
-                        piece.bytes.end = end;
-                    }
-                    _ => pieces.extend(piece.replace(Piece { offsets, bytes: start..end })),
-                }
-            });
-            pieces.extend(piece);
         }
-        if let Some(first) = extents.first().filter(|_| pieces.is_empty()) {
-            tracing::error!(shard = self.config.shard.0, segment = segment.0, extent = ?first, "what is on disk is not what was written");
-        }
-        Ok(ChunkState::Ready { memory: Rc::new(ReadMemory(read)), pieces })
+        Ok(ChunkState::Ready { memory, pieces })
     }
+}
+
+/// Whether the disk says that it has lost what is there, as against not answering at all.
+pub(crate) fn is_unreadable(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EIO | libc::ENODATA | libc::EILSEQ))
+}
+
+/// Reads page by page what could not be read at once, with zeros for pages that are lost.
+pub(crate) async fn read_pages<F: File>(file: &F, start: u64, bytes: usize) -> std::io::Result<Vec<u8>> {
+    let mut out = vec![0; bytes];
+    for (index, page) in out.chunks_mut(ALIGNMENT).enumerate() {
+        match file.read_at(start + (index * ALIGNMENT) as u64, ALIGNMENT).await {
+            Ok(read) => {
+                let have = read.len().min(page.len());
+                page[..have].copy_from_slice(&read[..have]);
+            }
+            Err(error) if is_unreadable(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(out)
+}
+
+/// Appends the good batches of the extent that should be at `start` of `memory`: one piece when all is well, one between
+/// any two bad places otherwise. Without `verify` the extent's header alone is compared.
+pub(crate) fn good_pieces(
+    partition: PartitionId,
+    row: &ExtentRow,
+    memory: &[u8],
+    start: usize,
+    verify: bool,
+    pieces: &mut Vec<Piece>,
+) {
+    let body_start = start + EXTENT_HEADER_BYTES;
+    let body = body_start..body_start + row.body_bytes as usize;
+    let found = memory.get(start..body_start).and_then(|head| block::extent_header(head).ok());
+    let found = found.filter(|header| {
+        header.kind == ExtentKind::Data
+            && header.ledger.partition == partition
+            && header.ledger.sequence == row.ledger
+            && header.first_entry == row.first_entry
+            && header.base_offset == row.first_offset
+            && header.next_offset() == row.next_offset
+            && header.body_bytes == row.body_bytes
+            && header.block_sequence == row.block_sequence
+    });
+    let (Some(header), Some(bytes)) = (found, memory.get(body.clone())) else { return };
+    if !verify {
+        pieces.push(Piece { offsets: row.first_offset..row.next_offset, bytes: body });
+        return;
+    }
+    let mut piece: Option<Piece> = None;
+    block::check_batches(&header, bytes, |batch, position| {
+        let offsets = batch.base_offset..batch.base_offset + batch.record_count as u64;
+        let start = body_start + position;
+        let end = start + drava_protocol::frame::padded(batch.batch_bytes as usize);
+        match &mut piece {
+            Some(piece) if piece.offsets.end == offsets.start && piece.bytes.end == start => {
+                piece.offsets.end = offsets.end;
+                piece.bytes.end = end;
+            }
+            _ => pieces.extend(piece.replace(Piece { offsets, bytes: start..end })),
+        }
+    });
+    pieces.extend(piece);
+}
+
+/// The messages of an extent that none of its pieces has.
+pub(crate) fn missing(row: &ExtentRow, pieces: &[Piece]) -> Vec<Range<u64>> {
+    let mut missing = Vec::new();
+    let mut next_offset = row.first_offset;
+    for piece in pieces {
+        if next_offset < piece.offsets.start {
+            missing.push(next_offset..piece.offsets.start);
+        }
+        next_offset = piece.offsets.end;
+    }
+    if next_offset < row.next_offset {
+        missing.push(next_offset..row.next_offset);
+    }
+    missing
 }
 
 /// Appends what the pieces have from `offset` on.

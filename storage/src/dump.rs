@@ -12,7 +12,7 @@ use drava_protocol::frame::padded;
 
 use crate::block::{self, BlockError, BlockHeader, EXTENT_HEADER_BYTES, ExtentHeader, ExtentKind};
 use crate::io::ALIGNMENT;
-use crate::segment::{self, SegmentHeader};
+use crate::segment::{self, SegmentHeader, SegmentKind};
 use crate::state::RowChange;
 
 /// Something in a segment and where it starts, in bytes from the start of the file.
@@ -57,7 +57,15 @@ impl fmt::Display for Item {
         match &self.kind {
             ItemKind::Segment(None) => write!(f, "segment, not used yet"),
             ItemKind::Segment(Some(header)) => {
-                write!(f, "segment {} of shard {}, generation {}", header.segment, header.shard, header.generation)
+                let kind = match header.kind {
+                    SegmentKind::Journal => "journal",
+                    SegmentKind::Compacted => "compacted",
+                };
+                write!(
+                    f,
+                    "{kind} segment {} of shard {}, generation {}",
+                    header.segment, header.shard, header.generation
+                )
             }
             ItemKind::Block(header) => write!(
                 f,

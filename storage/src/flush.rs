@@ -291,6 +291,8 @@ impl<I: Io, T: 'static> Inner<I, T> {
             batch.ledgers.dedup_by_key(|(ledger, _)| *ledger);
             batch.covered = Covered { sealed, ..indexing.covered };
             batch.flush = flush;
+            batch.damage = self.damage.borrow_mut().take_changes();
+            batch.scrub = self.scrub.borrow_mut().take_change();
             indexing.wanted = false;
             indexing.flush_wanted = false;
             indexing.changed = false;
@@ -339,6 +341,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                 self.io.yield_if_needed().await;
             }
             self.backlog.expire(self.io.now());
+            self.tidy_damage();
             let mut indexing = self.indexing.borrow_mut();
             let flush_due =
                 (indexing.unflushed || indexing.changed) && indexing.flushed_at + INDEX_FLUSH_INTERVAL <= self.io.now();

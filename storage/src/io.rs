@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
+use crate::index::IndexWorker;
+
 pub mod glommio;
 
 /// All direct IO starts and ends at a multiple of this.
@@ -51,6 +53,9 @@ pub trait Io: Clone + 'static {
     fn spawn(&self, task: impl Future<Output = ()> + 'static);
 
     fn sleep(&self, time: Duration) -> impl Future<Output = ()>;
+
+    /// Starts what serves the index. It blocks, so not on this executor unless nobody waits here: a simulation.
+    fn start_index(&self, worker: IndexWorker) -> io::Result<()>;
 
     /// Lets other tasks of this executor run if this one has had its share.
     fn yield_if_needed(&self) -> impl Future<Output = ()>;

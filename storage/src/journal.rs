@@ -18,7 +18,7 @@ use drava_runtime::local::{Broadcast, Notify};
 
 use crate::block::BlockId;
 use crate::io::{ALIGNMENT, File, Io};
-use crate::segment::{self, SegmentHeader, SegmentId};
+use crate::segment::{self, SegmentHeader, SegmentId, SegmentKind};
 use crate::store::FlushError;
 
 /// Sealed segments kept open for readers.
@@ -59,6 +59,9 @@ pub(crate) struct Segment<F> {
     pub(crate) role: Role,
     /// Every byte of it was written once, so that writes to it change no metadata of the file system.
     pub(crate) filled: bool,
+    pub(crate) kind: SegmentKind,
+    /// The compactor reads from it: it is not used again before that ends, dead or not.
+    pub(crate) pinned: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -394,6 +397,31 @@ impl<I: Io, P: 'static> Journal<I, P> {
         figures
     }
 
+    /// Which use of a segment this is; `None`: there is no such segment, or it holds nothing.
+    pub(crate) fn generation(&self, id: SegmentId) -> Option<u64> {
+        let state = self.state.borrow();
+        let segment = state.segments.get(id.0 as usize)?.as_ref()?;
+        (segment.role != Role::Spare && 0 < segment.generation).then_some(segment.generation)
+    }
+
+    /// Sealed segments in which something is live, in the order of their generations: generation, segment, bytes.
+    pub(crate) fn live_segments(&self) -> Vec<(u64, SegmentId, u64)> {
+        let state = self.state.borrow();
+        let all = state.segments.iter().enumerate();
+        let live = all.filter_map(|(index, segment)| Some((SegmentId(index as u32), segment.as_ref()?)));
+        let live = live.filter(|(_, segment)| segment.role == Role::Sealed && 0 < segment.live_bytes);
+        let mut found: Vec<_> = live.map(|(id, segment)| (segment.generation, id, segment.bytes)).collect();
+        found.sort_unstable();
+        found
+    }
+
+    /// Whether a write has been under way for longer than `limit`: background work makes room.
+    pub(crate) fn is_late(&self, limit: Duration) -> bool {
+        let state = self.state.borrow();
+        let unanswered = state.in_flight.iter().find(|entry| entry.result.is_none());
+        unanswered.is_some_and(|entry| entry.started + limit < self.io.now())
+    }
+
     /// The file of a segment, opened when it is not open.
     pub(crate) async fn file(&self, id: SegmentId) -> io::Result<Rc<I::File>> {
         {
@@ -554,7 +582,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
             state.generation
         };
         let mut buffer = self.io.buffer(ALIGNMENT);
-        segment::encode(&SegmentHeader { shard: self.config.shard, segment: id, generation }, buffer.as_mut());
+        let header = SegmentHeader { shard: self.config.shard, segment: id, generation, kind: SegmentKind::Journal };
+        segment::encode(&header, buffer.as_mut());
         file.write_at(Rc::new(buffer), 0).await?;
         let mut state = self.state.borrow_mut();
         state.opened.retain(|opened| *opened != id);
@@ -610,6 +639,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
             last_sequence: 0,
             role: Role::Spare,
             filled: false,
+            kind: SegmentKind::Journal,
+            pinned: false,
         });
         Ok(Some(id))
     }

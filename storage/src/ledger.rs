@@ -9,6 +9,9 @@ use crate::store::PartitionLimits;
 /// Ledgers are not rolled at less than this for the sake of retention.
 const ROLL_BYTES_MIN: u64 = 1 << 20;
 const ROLL_AGE_MIN: Duration = Duration::from_secs(1);
+/// Where what is consumed goes at once, ledgers are rolled at this: about as much is kept although it was consumed.
+const CONSUMED_ROLL_BYTES: u64 = 16 << 20;
+const CONSUMED_ROLL_AGE: Duration = Duration::from_secs(60);
 
 /// When a ledger is full or old. Retention deletes whole ledgers, so it wants them smaller than what it keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,8 +22,13 @@ pub(crate) struct RollPolicy {
 
 impl RollPolicy {
     pub(crate) fn new(bytes_max: u64, age_max: Duration, limits: &PartitionLimits) -> RollPolicy {
-        let bytes_max = limits.retention_bytes.map_or(bytes_max, |keep| bytes_max.min((keep / 4).max(ROLL_BYTES_MIN)));
-        let age_max = limits.retention_age.map_or(age_max, |keep| age_max.min((keep / 4).max(ROLL_AGE_MIN)));
+        let mut bytes_max =
+            limits.retention_bytes.map_or(bytes_max, |keep| bytes_max.min((keep / 4).max(ROLL_BYTES_MIN)));
+        let mut age_max = limits.retention_age.map_or(age_max, |keep| age_max.min((keep / 4).max(ROLL_AGE_MIN)));
+        if limits.trim_consumed {
+            bytes_max = bytes_max.min(CONSUMED_ROLL_BYTES);
+            age_max = age_max.min(CONSUMED_ROLL_AGE);
+        }
         RollPolicy { bytes_max, age_max_ms: age_max.as_millis() as u64 }
     }
 }
@@ -168,13 +176,31 @@ impl Ledgers {
             let old = age_ms.is_some_and(|age| row.max_append_time_ms.saturating_add(age) <= now_ms);
             let over = limits.retention_bytes.is_some_and(|bytes| bytes < left_bytes);
             let free = floor.is_none_or(|floor| row.next_offset <= floor);
-            if !(whole && writer.is_closed(*sequence) && (old || over) && free) {
+            let consumed = limits.trim_consumed && floor.is_some();
+            if !(whole && writer.is_closed(*sequence) && (old || over || consumed) && free) {
                 break;
             }
             left_bytes -= row.bytes;
             keep = Some(sequence + 1);
         }
         keep
+    }
+
+    /// Whether retention will have taken a ledger before it has been kept as long again as it was: moving it is work
+    /// for nothing.
+    pub(crate) fn is_doomed(&self, sequence: u32, now_ms: u64, limits: &PartitionLimits, floor: Option<u64>) -> bool {
+        let Ok(index) = self.rows.binary_search_by_key(&sequence, |(sequence, _)| *sequence) else { return false };
+        let (_, row) = self.rows[index];
+        if floor.is_some_and(|floor| floor < row.next_offset) {
+            return false;
+        }
+        let kept_ms = now_ms.saturating_sub(row.max_append_time_ms);
+        let old = limits.retention_age.is_some_and(|age| age.as_millis() as u64 / 2 <= kept_ms);
+        let over = limits.retention_bytes.is_some_and(|bytes| {
+            let newer_bytes: u64 = self.rows.range(index + 1..).map(|(_, row)| row.bytes).sum();
+            bytes / 2 <= newer_bytes
+        });
+        old || over || limits.trim_consumed && floor.is_some()
     }
 
     /// Forgets ledgers before `first_ledger`; returns how many.
@@ -232,6 +258,39 @@ mod tests {
         assert_eq!(ledgers.keep_from(10_000, &age, None, &writer, true), Some(4));
         assert_eq!(ledgers.keep_from(10_000, &age, None, &writer, false), Some(3), "more of ledger 3 is in flight");
         assert_eq!(ledgers.keep_from(10_000, &PartitionLimits::default(), None, &writer, true), None);
+    }
+
+    #[test]
+    fn consumed_ledgers_go_when_a_cursor_has_passed_them_and_only_then() {
+        let ledgers = ledgers(&[(1, 0, 10, 50, 100), (2, 10, 20, 50, 200), (3, 20, 30, 50, 300)]);
+        let limits = PartitionLimits { trim_consumed: true, ..PartitionLimits::default() };
+        let mut writer = Writer::after(2);
+        writer.add(50, 300, &POLICY);
+        let keep = |floor, writer: &Writer| ledgers.keep_from(400, &limits, floor, writer, true);
+        assert_eq!(keep(None, &writer), None, "nobody has consumed anything");
+        assert_eq!(keep(Some(9), &writer), None);
+        assert_eq!(keep(Some(19), &writer), Some(2));
+        assert_eq!(keep(Some(30), &writer), Some(3), "ledger 3 is open");
+        assert_eq!(keep(Some(30), &Writer::after(3)), Some(4));
+        let roll = RollPolicy::new(1 << 30, Duration::from_secs(3600), &limits);
+        assert_eq!(roll, RollPolicy { bytes_max: CONSUMED_ROLL_BYTES, age_max_ms: 60_000 });
+    }
+
+    #[test]
+    fn what_retention_will_take_soon_is_known() {
+        let ledgers = ledgers(&[(1, 0, 10, 50, 100), (2, 10, 20, 50, 200), (3, 20, 30, 50, 300)]);
+        let doomed = |limits: PartitionLimits, now_ms, floor| {
+            [1, 2, 3].map(|sequence| ledgers.is_doomed(sequence, now_ms, &limits, floor))
+        };
+        let age = PartitionLimits { retention_age: Some(Duration::from_millis(1000)), ..PartitionLimits::default() };
+        assert_eq!(doomed(age, 700, None), [true, true, false]);
+        assert_eq!(doomed(age, 700, Some(15)), [true, false, false], "the floor holds ledger 2");
+        let bytes = PartitionLimits { retention_bytes: Some(200), ..PartitionLimits::default() };
+        assert_eq!(doomed(bytes, 0, None), [true, false, false]);
+        let consumed = PartitionLimits { trim_consumed: true, ..PartitionLimits::default() };
+        assert_eq!(doomed(consumed, 0, Some(20)), [true, true, false]);
+        assert_eq!(doomed(consumed, 0, None), [false; 3]);
+        assert_eq!(doomed(PartitionLimits::default(), u64::MAX, None), [false; 3]);
     }
 
     #[test]

@@ -18,10 +18,12 @@
 
 mod backlog;
 pub mod block;
+pub mod budget;
 mod cache;
+mod damage;
 pub mod dump;
 mod flush;
-mod index;
+pub mod index;
 pub mod io;
 mod journal;
 mod ledger;
@@ -30,11 +32,14 @@ mod open;
 mod pool;
 mod record_log;
 mod recovery;
+mod scrub;
 pub mod segment;
 mod stage;
 mod state;
 mod store;
 
+pub use budget::Budget;
+pub use damage::{Damage, DamagedMessages, DamagedPlace, FoundBy};
 pub use index::{Index, IndexDb, IndexError};
 pub use io::Io;
 pub use io::glommio::GlommioIo;

@@ -11,6 +11,7 @@ use drava_runtime::local::{Broadcast, Notify};
 use crate::backlog::Backlog;
 use crate::block::{ExtentHeader, ExtentKind};
 use crate::cache::BlockCache;
+use crate::damage::Registry;
 use crate::flush::Indexing;
 use crate::index::{Covered, ExtentRow, Index, IndexBatch, IndexThread};
 use crate::io::{ALIGNMENT, Io};
@@ -19,7 +20,8 @@ use crate::ledger::{Ledgers, RollPolicy, Writer};
 use crate::managed_ledger::ManagedLedger;
 use crate::pool::BufferPool;
 use crate::recovery::{self, Visited, Visitor, open_error};
-use crate::segment::{self, SegmentId};
+use crate::scrub::Scrub;
+use crate::segment::{self, SegmentId, SegmentKind};
 use crate::stage::Staging;
 use crate::state::RowChange;
 use crate::store::{
@@ -47,11 +49,11 @@ pub(crate) async fn open<I: Io, T: 'static>(
 ) -> Result<(Inner<I, T>, Recovered), OpenError> {
     validate(&config)?;
     let started = io.now();
-    let index = IndexThread::start(index)?;
+    let index = IndexThread::start(&io, index)?;
     let loaded = index.load().await?;
     let known = |id: SegmentId| {
         let found = loaded.segments.iter().find(|(segment, _, live)| *segment == id && 0 < *live);
-        found.map(|(_, generation, _)| *generation)
+        found.map(|(_, generation, _)| (*generation, SegmentKind::Journal))
     };
     let mut segments = recovery::survey(&io, &config.dir, config.shard, &known).await?;
     for &(id, generation, live_bytes) in &loaded.segments {
@@ -151,6 +153,9 @@ pub(crate) async fn open<I: Io, T: 'static>(
         partition.trim_tail(end.next_sequence, indexed_sequence);
     }
 
+    let damage = Registry::load(loaded.damage);
+    let scrub = Scrub::load(&loaded.scrub, &replayed.damaged, |segment| journal.generation(SegmentId(segment)));
+
     let recovered = Recovered {
         partitions: partitions
             .by_id
@@ -200,6 +205,8 @@ pub(crate) async fn open<I: Io, T: 'static>(
         progress: Broadcast::default(),
         stopped: Cell::new(false),
         sink: RefCell::new(None),
+        damage: RefCell::new(damage),
+        scrub: RefCell::new(scrub),
         journal,
         index,
         config,

@@ -18,7 +18,7 @@ use crate::block::{self, BlockHeader, EXTENT_HEADER_BYTES, ExtentHeader, ExtentK
 use crate::index::Covered;
 use crate::io::{ALIGNMENT, File, Io};
 use crate::journal::{JournalEnd, Role, Segment};
-use crate::segment::{self, SegmentId};
+use crate::segment::{self, SegmentError, SegmentId, SegmentKind};
 use crate::store::{DamagedRange, OpenError, TornTail};
 
 const CHUNK_BYTES: usize = 1 << 20;
@@ -37,12 +37,12 @@ pub(crate) fn open_error(what: impl Into<String>) -> impl FnOnce(std::io::Error)
 }
 
 /// Opens the directory and reads the header of every segment. Segments whose header cannot be believed have
-/// generation 0: nothing is read from them and they are used again, unless `known` has a generation for them.
+/// generation 0: nothing is read from them and they are used again, unless `known` has generation and kind for them.
 pub(crate) async fn survey<I: Io>(
     io: &I,
     dir: &Path,
     shard: ShardId,
-    known: &dyn Fn(SegmentId) -> Option<u64>,
+    known: &dyn Fn(SegmentId) -> Option<(u64, SegmentKind)>,
 ) -> Result<Vec<Option<Segment<I::File>>>, OpenError> {
     io.create_dir(dir).await.map_err(open_error(format!("make {}", dir.display())))?;
     let files = io.list(dir).await.map_err(open_error(format!("list {}", dir.display())))?;
@@ -63,30 +63,41 @@ pub(crate) async fn survey<I: Io>(
                     }
                     let file = io.open(&path).await.map_err(open_error(format!("open {}", path.display())))?;
                     let head = file.read_at(0, ALIGNMENT).await;
-                    let generation = match head.as_ref().map(|head| segment::decode(head)) {
-                        Ok(Ok(None)) => 0,
-                        Ok(Ok(Some(header))) if header.shard == shard && header.segment == id => header.generation,
+                    let (generation, kind) = match head.as_ref().map(|head| segment::decode(head)) {
+                        Ok(Ok(None)) => (0, SegmentKind::Journal),
+                        Ok(Ok(Some(header))) if header.shard == shard && header.segment == id => {
+                            (header.generation, header.kind)
+                        }
                         Ok(Ok(Some(header))) => {
                             let reason = format!("it belongs to shard {} as {}", header.shard, header.segment);
                             return Err(OpenError::Segment { path, reason });
                         }
-                        Ok(Err(error @ segment::SegmentError::Version(_))) => {
+                        Ok(Err(error @ (SegmentError::Version(_) | SegmentError::Kind(_)))) => {
                             return Err(OpenError::Segment { path, reason: error.to_string() });
                         }
                         Ok(Err(error)) => {
                             tracing::error!(path = %path.display(), error = %error, "a segment header is unusable");
-                            known(id).unwrap_or(0)
+                            known(id).unwrap_or_default()
                         }
                         Err(error) => {
                             tracing::error!(path = %path.display(), error = %error, "a segment header is unreadable");
-                            known(id).unwrap_or(0)
+                            known(id).unwrap_or_default()
                         }
                     };
                     let role = if generation == 0 { Role::Spare } else { Role::Sealed };
                     // Closed again: there may be more segments than a process may have open.
                     let filled = 0 < generation;
-                    let segment =
-                        Segment { generation, bytes, file: None, live_bytes: 0, last_sequence: 0, role, filled };
+                    let segment = Segment {
+                        generation,
+                        bytes,
+                        file: None,
+                        live_bytes: 0,
+                        last_sequence: 0,
+                        role,
+                        filled,
+                        kind,
+                        pinned: false,
+                    };
                     Ok(Some((id, segment)))
                 }
             })
@@ -185,7 +196,9 @@ pub(crate) async fn replay<I: Io>(
     let mut order: Vec<(u64, SegmentId)> = segments
         .iter()
         .enumerate()
-        .filter_map(|(index, segment)| Some((segment.as_ref()?.generation, SegmentId(index as u32))))
+        .filter_map(|(index, segment)| Some((segment.as_ref()?, SegmentId(index as u32))))
+        .filter(|(segment, _)| segment.kind == SegmentKind::Journal)
+        .map(|(segment, id)| (segment.generation, id))
         .filter(|(generation, _)| 0 < *generation)
         .collect();
     order.sort_unstable();

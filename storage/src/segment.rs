@@ -1,7 +1,8 @@
-//! Segments: the files of a journal. Each starts with a header of 4096 bytes; blocks follow.
+//! Segments: the files of a store. Each starts with a header of 4096 bytes; blocks follow.
 //!
-//! A segment is used many times. Each use has a generation of its own, higher than all before it in the same journal,
-//! so that blocks of an earlier use are told from those of this one. Source: `storage/README.md`, "Segment".
+//! A segment is used many times. Each use has a generation of its own, higher than all before it in the same store, so
+//! that blocks of an earlier use are told from those of this one. In one use it is part of the journal, in another it
+//! holds what the compactor moved. Source: `storage/README.md`, "Segment".
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -27,11 +28,33 @@ impl fmt::Display for SegmentId {
     }
 }
 
+/// What one use of a segment is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum SegmentKind {
+    /// Its blocks are links of the journal's chain.
+    #[default]
+    Journal = 0,
+    /// Extents that were moved here from other segments. Its blocks are a chain of their own; replay passes it by.
+    Compacted = 1,
+}
+
+impl SegmentKind {
+    pub(crate) fn from_byte(byte: u8) -> Option<SegmentKind> {
+        match byte {
+            0 => Some(SegmentKind::Journal),
+            1 => Some(SegmentKind::Compacted),
+            _ => None,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SegmentHeader {
     pub shard: ShardId,
     pub segment: SegmentId,
     pub generation: u64,
+    pub kind: SegmentKind,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -42,6 +65,8 @@ pub enum SegmentError {
     Version(u16),
     #[error("the segment header is damaged")]
     Checksum,
+    #[error("segments of kind {0} are not known")]
+    Kind(u8),
 }
 
 pub fn encode(header: &SegmentHeader, out: &mut [u8]) {
@@ -51,6 +76,7 @@ pub fn encode(header: &SegmentHeader, out: &mut [u8]) {
     out[6..8].copy_from_slice(&header.shard.0.to_le_bytes());
     out[8..16].copy_from_slice(&header.generation.to_le_bytes());
     out[16..20].copy_from_slice(&header.segment.0.to_le_bytes());
+    out[20] = header.kind as u8;
     let crc = crc32c::crc32c(&out[..CHECKED_BYTES]);
     out[28..32].copy_from_slice(&crc.to_le_bytes());
 }
@@ -73,12 +99,14 @@ pub fn decode(bytes: &[u8]) -> Result<Option<SegmentHeader>, SegmentError> {
     if crc32c::crc32c(&h[..CHECKED_BYTES]) != u32::from_le_bytes([h[28], h[29], h[30], h[31]]) {
         return Err(SegmentError::Checksum);
     }
+    let kind = SegmentKind::from_byte(h[20]).ok_or(SegmentError::Kind(h[20]))?;
     let mut generation = [0; 8];
     generation.copy_from_slice(&h[8..16]);
     Ok(Some(SegmentHeader {
         shard: ShardId(u16::from_le_bytes([h[6], h[7]])),
         segment: SegmentId(u32::from_le_bytes([h[16], h[17], h[18], h[19]])),
         generation: u64::from_le_bytes(generation),
+        kind,
     }))
 }
 
@@ -92,4 +120,25 @@ pub fn parse_name(path: &Path) -> Option<SegmentId> {
         return None;
     }
     path.file_stem()?.to_str()?.parse().ok().map(SegmentId)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_header_says_what_the_segment_is_for_and_its_checksum_covers_it() {
+        let mut bytes = vec![0xff; HEADER_BYTES as usize];
+        for kind in [SegmentKind::Journal, SegmentKind::Compacted] {
+            let header = SegmentHeader { shard: ShardId(3), segment: SegmentId(7), generation: 9, kind };
+            encode(&header, &mut bytes);
+            assert_eq!(decode(&bytes), Ok(Some(header)));
+        }
+        bytes[20] = SegmentKind::Journal as u8;
+        assert_eq!(decode(&bytes), Err(SegmentError::Checksum));
+        bytes[20] = 2;
+        let crc = crc32c::crc32c(&bytes[..CHECKED_BYTES]);
+        bytes[28..32].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!(decode(&bytes), Err(SegmentError::Kind(2)));
+    }
 }

@@ -15,6 +15,7 @@ use drava_runtime::local::{Broadcast, Notify, oneshot};
 use crate::backlog::Backlog;
 use crate::block::{self, EXTENT_HEADER_BYTES};
 use crate::cache::BlockCache;
+use crate::damage::{Damage, Registry};
 use crate::flush::{Flushing, Indexing};
 use crate::index::{Index, IndexError, IndexThread, PartitionRow};
 use crate::io::{ALIGNMENT, Io};
@@ -22,6 +23,7 @@ use crate::journal::Journal;
 use crate::ledger::{Ledgers, RollPolicy};
 use crate::managed_ledger::ManagedLedger;
 use crate::pool::BufferPool;
+use crate::scrub::Scrub;
 use crate::segment;
 use crate::stage::{NewStaged, Staging};
 use crate::state::{KEY_BYTES_MAX, RowChange, StateBatch, VALUE_BYTES_MAX};
@@ -53,6 +55,10 @@ pub struct StoreConfig {
     pub disk_reserve_bytes: u64,
     /// Whether the checksum of every batch is compared when it is read from disk.
     pub verify_reads: bool,
+    /// What the scrubber reads in a second; 0: nothing is scrubbed.
+    pub scrub_bytes_per_s: u64,
+    /// The scrubber begins anew so long after it began, at the earliest.
+    pub scrub_interval: Duration,
 }
 
 impl Default for StoreConfig {
@@ -72,6 +78,8 @@ impl Default for StoreConfig {
             index_flush_bytes: 128 << 20,
             disk_reserve_bytes: 1 << 30,
             verify_reads: true,
+            scrub_bytes_per_s: 8 << 20,
+            scrub_interval: Duration::from_secs(7 * 86_400),
         }
     }
 }
@@ -99,6 +107,9 @@ pub struct PartitionLimits {
     pub retention_bytes: Option<u64>,
     /// What the partition may hold in the ledger cache. `None`: as much as the shard has.
     pub cache_bytes: Option<u64>,
+    /// Closed ledgers that every durable cursor has passed are deleted, whatever their age and size. Without a cursor
+    /// nothing is: a subscriber that has not come yet must not find its messages gone.
+    pub trim_consumed: bool,
 }
 
 /// One batch to append.
@@ -299,6 +310,12 @@ pub struct StoreFigures {
     pub index_batches: u64,
     /// Gauge: a write or sync failed, or the store was closed.
     pub read_only: bool,
+    /// Entries of the damage registry, and the messages that they name.
+    pub damaged_ranges: u64,
+    pub damaged_messages: u64,
+    pub scrubbed_bytes: u64,
+    /// Passes of the scrubber that came to their end.
+    pub scrub_passes: u64,
 }
 
 /// The store of one shard. Clones share it. `T` is what the shard gives with each entry to recognise it by.
@@ -332,6 +349,8 @@ pub(crate) struct Inner<I: Io, T: 'static> {
     pub(crate) progress: Broadcast,
     pub(crate) stopped: Cell<bool>,
     pub(crate) sink: RefCell<Option<Sink<T>>>,
+    pub(crate) damage: RefCell<Registry>,
+    pub(crate) scrub: RefCell<Scrub>,
 }
 
 #[derive(Default)]
@@ -370,6 +389,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         inner.io.spawn(inner.clone().run_indexer(sink));
         inner.io.spawn(inner.clone().run_housekeeping());
         inner.io.spawn(inner.journal.clone().run());
+        inner.io.spawn(inner.clone().run_scrubber());
         inner.woken.notify();
     }
 
@@ -692,7 +712,15 @@ impl<I: Io, T: 'static> Store<I, T> {
         (figures.segments, figures.segments_spare, figures.segments_recycled, figures.live_bytes) =
             inner.journal.figures();
         figures.read_only = self.is_read_only();
+        (figures.damaged_ranges, figures.damaged_messages) = inner.damage.borrow().count();
         figures
+    }
+}
+
+impl<I: Io, T: 'static> Store<I, T> {
+    /// What cannot be read any more: messages by partition and offset, then places that are not known to hold any.
+    pub fn damage(&self) -> Vec<Damage> {
+        self.0.damage.borrow().list()
     }
 }
 

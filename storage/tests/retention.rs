@@ -9,7 +9,7 @@ use drava_protocol::PartitionId;
 use drava_storage::{PartitionLimits, ReadError, StoreConfig};
 
 const KEEP: PartitionLimits =
-    PartitionLimits { retention_age: None, retention_bytes: Some(2 << 20), cache_bytes: None };
+    PartitionLimits { retention_age: None, retention_bytes: Some(2 << 20), cache_bytes: None, trim_consumed: false };
 
 fn config(dir: &std::path::Path) -> StoreConfig {
     StoreConfig { index_flush_bytes: 1 << 20, ..small(dir) }
@@ -91,6 +91,27 @@ fn the_floor_holds_what_retention_would_delete() {
         f.store.set_floor(held, Some(300));
         until(|| 0 < f.store.span(held).start_offset).await;
         assert!(f.store.span(held).start_offset <= 300);
+        f.store.close().await;
+    });
+}
+
+#[test]
+fn what_every_cursor_has_passed_goes_without_other_limits() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let limits = PartitionLimits { trim_consumed: true, ..PartitionLimits::default() };
+        let f = open(dir.path(), StoreConfig { ledger_bytes_max: 1 << 20, ..config(dir.path()) }).await;
+        let slot = f.store.open_partition(PartitionId(1), limits);
+        let unread = f.store.open_partition(PartitionId(2), limits);
+        fill(&f, slot, 0..600).await;
+        fill(&f, unread, 600..1200).await;
+        f.store.set_floor(slot, Some(400));
+        until(|| 300 < f.store.span(slot).start_offset).await;
+        assert!(f.store.span(slot).start_offset <= 400);
+        assert_eq!(f.store.span(unread).start_offset, 0, "no cursor, nothing consumed");
+        let (batches, damaged) = f.read_all(slot, f.store.span(slot).start_offset).await;
+        assert!(damaged.is_empty(), "{damaged:?}");
+        assert_eq!(batches.last(), Some(&(599, 599)));
         f.store.close().await;
     });
 }

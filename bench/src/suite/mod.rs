@@ -4,8 +4,10 @@
 //! loads it, and is judged. With two cores the node's shard runs on the first and the load generator on the last.
 
 pub mod file;
+pub mod kill;
 pub mod node;
 pub mod row;
+mod storage;
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -67,6 +69,18 @@ pub enum RowId {
     Start,
     /// Memory of an idle node and of one under load
     Memory,
+    /// Restart after kill -9 with a long journal
+    Recover,
+    /// Bytes written for each byte published
+    WriteAmp,
+    /// Catching up with a quiet topic, before and after compaction
+    Defrag,
+    /// Publishing while compaction and scrubbing run
+    Background,
+    /// Publishing while retention deletes
+    Retention,
+    /// kill -9 under load in a loop: acknowledged messages that are lost
+    Kill,
 }
 
 #[derive(Clone, Debug, clap::Args)]
@@ -113,10 +127,18 @@ enum RowError {
     Faults { faults: u64, first: String },
     #[error(transparent)]
     File(#[from] file::FileError),
+    #[error("kill -9 in a loop")]
+    Kill(#[from] kill::KillError),
     #[error("read the node's memory")]
     Memory(#[source] std::io::Error),
     #[error("make a data directory")]
     Data(#[source] std::io::Error),
+    #[error("read what the node has written")]
+    Process(#[source] std::io::Error),
+    #[error("read the node's metrics")]
+    Metrics(#[source] std::io::Error),
+    #[error("compaction has not ended in time; {compacted_mib:.0} MiB were copied")]
+    Compaction { compacted_mib: f64 },
 }
 
 /// The directory for measured files: on a real disk, unlike what /tmp may be.
@@ -170,6 +192,12 @@ pub fn run(options: &SuiteOptions) -> Result<Vec<Row>, SuiteError> {
             RowId::Start if suite.rows.iter().any(|row| row.id == "start") => Ok(()),
             RowId::Start => suite.backlog_and_start(),
             RowId::Memory => suite.memory(),
+            RowId::Recover => suite.recover(),
+            RowId::WriteAmp => suite.write_amplification(),
+            RowId::Defrag => suite.defragmentation(),
+            RowId::Background => suite.background(),
+            RowId::Retention => suite.retention(),
+            RowId::Kill => suite.kill(),
         };
         if let Err(error) = measured {
             suite.could_not(id, &error);
@@ -553,16 +581,47 @@ impl Suite {
         Ok(())
     }
 
+    fn kill(&mut self) -> Result<(), RowError> {
+        let rounds = if self.quick { 3 } else { 100 };
+        self.nodes += 1;
+        let data_dir = self.scratch.path().join(format!("node-{}", self.nodes));
+        let outcome = kill::run(&self.node_bin, &data_dir, &self.log_path(), rounds)?;
+        let findings = &outcome.findings;
+        let other_faults = findings.faults() - findings.lost;
+        if 0 < other_faults {
+            let first = findings.first_fault.clone().unwrap_or_default();
+            return Err(RowError::Faults { faults: findings.faults(), first });
+        }
+        self.judge(Judged {
+            id: "kill",
+            what: "kill -9 under load in a loop; acknowledged messages lost",
+            value: findings.lost as f64,
+            unit: "messages",
+            limit: None,
+            target: Target::AtMost(0.0),
+            note: outcome.show(),
+            settings: json!({"rounds": rounds, "shards": 2}),
+        });
+        // What stays of an error goes with the scratch directory.
+        drop(std::fs::remove_dir_all(&data_dir));
+        Ok(())
+    }
+
     /// One durable write of a message and a round trip, p50.
     fn one_in_flight_us(&self) -> f64 {
         self.limits.write(4 << 10).latency.p50_us + self.limits.round_trip.p50_us
     }
 
     fn start(&mut self, shards: u16) -> Result<Running, RowError> {
+        self.start_with(shards, &[])
+    }
+
+    /// A fresh node with more options.
+    fn start_with(&mut self, shards: u16, options: &[&str]) -> Result<Running, RowError> {
         self.nodes += 1;
         let data_dir = self.scratch.path().join(format!("node-{}", self.nodes));
         std::fs::create_dir_all(&data_dir).map_err(RowError::Data)?;
-        let node = Node::start(&self.node_bin, &data_dir, shards, &self.log_path())?;
+        let node = Node::start(&self.node_bin, &data_dir, shards, options, &self.log_path())?;
         Ok(Running { node, data_dir })
     }
 
@@ -652,8 +711,18 @@ impl Suite {
 impl Running {
     /// Kills the node and starts it again on the same data.
     fn restart_after_kill(&mut self, bin: &Path, shards: u16, log: &Path) -> Result<(), NodeError> {
+        self.restart_after_kill_with(bin, shards, log, &[])
+    }
+
+    fn restart_after_kill_with(
+        &mut self,
+        bin: &Path,
+        shards: u16,
+        log: &Path,
+        options: &[&str],
+    ) -> Result<(), NodeError> {
         self.node.kill()?;
-        self.node = Node::start(bin, &self.data_dir, shards, log)?;
+        self.node = Node::start(bin, &self.data_dir, shards, options, log)?;
         Ok(())
     }
 }

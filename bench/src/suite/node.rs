@@ -49,8 +49,8 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts `bin` on `data_dir` and waits until it is ready. Its log goes to `log`.
-    pub fn start(bin: &Path, data_dir: &Path, shards: u16, log: &Path) -> Result<Node, NodeError> {
+    /// Starts `bin` on `data_dir` with `options` and waits until it is ready. Its log goes to `log`.
+    pub fn start(bin: &Path, data_dir: &Path, shards: u16, options: &[&str], log: &Path) -> Result<Node, NodeError> {
         let ports = free_ports(shards).map_err(NodeError::Ports)?;
         let fail = |source| NodeError::Start { bin: bin.to_owned(), source };
         let output = File::options().create(true).append(true).open(log).map_err(fail)?;
@@ -62,6 +62,7 @@ impl Node {
             .args(["--listen", &ports.listen.to_string()])
             .args(["--admin-listen", &ports.admin.to_string()])
             .args(["--shards", &shards.to_string()])
+            .args(options)
             .stdin(Stdio::null())
             .stdout(output.try_clone().map_err(fail)?)
             .stderr(output)

@@ -36,6 +36,8 @@ pub enum Target {
     TimesLimit(f64),
     /// At most this much, in the row's unit.
     AtMost(f64),
+    /// At least this much, in the row's unit.
+    AtLeast(f64),
     /// Only told.
     None,
 }
@@ -46,6 +48,7 @@ impl Target {
             Target::PartOfLimit(part) => limit.map(|limit| part * limit <= value),
             Target::TimesLimit(times) => limit.map(|limit| value <= times * limit),
             Target::AtMost(most) => Some(value <= most),
+            Target::AtLeast(least) => Some(least <= value),
             Target::None => None,
         }
     }
@@ -55,6 +58,7 @@ impl Target {
             Target::PartOfLimit(part) => format!("≥ {part} of the limit"),
             Target::TimesLimit(times) => format!("≤ {times} × the limit"),
             Target::AtMost(most) => format!("≤ {}", show(most, unit)),
+            Target::AtLeast(least) => format!("≥ {}", show(least, unit)),
             Target::None => "–".to_owned(),
         }
     }
@@ -77,7 +81,7 @@ pub fn show(value: f64, unit: &str) -> String {
         "s" if value < 1.0 => format!("{:.0} ms", value * 1e3),
         "msg/s" if 1e6 <= value => format!("{:.2} M msg/s", value / 1e6),
         "msg/s" => format!("{:.0} k msg/s", value / 1e3),
-        "CPU s/GiB" | "s" => format!("{value:.2} {unit}"),
+        "CPU s/GiB" | "s" | "×" => format!("{value:.2} {unit}"),
         _ => format!("{value:.0} {unit}"),
     }
 }
@@ -93,6 +97,7 @@ mod tests {
         assert_eq!(Target::TimesLimit(1.4).is_met(1.4, Some(1.0)), Some(true));
         assert_eq!(Target::TimesLimit(1.4).is_met(1.5, Some(1.0)), Some(false));
         assert_eq!(Target::AtMost(64.0).is_met(64.5, None), Some(false));
+        assert_eq!(Target::AtLeast(5.0).is_met(4.9, None), Some(false));
         assert_eq!(Target::None.is_met(1.0, Some(1.0)), None);
         assert_eq!(Target::PartOfLimit(0.8).is_met(80.0, None), None);
     }
@@ -102,6 +107,7 @@ mod tests {
         assert_eq!(show(1_234_567.0, "msg/s"), "1.23 M msg/s");
         assert_eq!(show(0.25, "s"), "250 ms");
         assert_eq!(show(0.384, "CPU s/GiB"), "0.38 CPU s/GiB");
+        assert_eq!(show(1.062, "×"), "1.06 ×");
         assert_eq!(show(1234.5, "µs"), "1.23 ms");
         assert_eq!(show(2048.4, "MiB/s"), "2048 MiB/s");
     }

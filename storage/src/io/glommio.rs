@@ -9,6 +9,7 @@ use drava_runtime::file::{DmaBuffer, DmaFile, OpenOptions, ReadResult, allocate_
 use drava_runtime::io_error;
 
 use super::{ALIGNMENT, File, Io};
+use crate::index::IndexWorker;
 
 /// The disk and the clock of the machine, on a glommio executor.
 #[derive(Clone, Debug)]
@@ -116,6 +117,16 @@ impl Io for GlommioIo {
 
     async fn sleep(&self, time: Duration) {
         drava_runtime::time::sleep(time).await;
+    }
+
+    fn start_index(&self, worker: IndexWorker) -> io::Result<()> {
+        let name = format!("ix-{}", worker.name());
+        let work = move || {
+            if let Err(panic) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || worker.run())) {
+                drava_runtime::task::stop_after_panic(&*panic);
+            }
+        };
+        std::thread::Builder::new().name(name).spawn(work).map(drop)
     }
 
     async fn yield_if_needed(&self) {

@@ -11,6 +11,7 @@ use drava_protocol::batch::{self, Builder, NewRecord, Seal};
 use drava_protocol::{PartitionId, ShardId};
 use drava_runtime::chunk::Slice;
 use drava_runtime::{Executor, ExecutorConfig};
+use drava_storage::index::IndexWorker;
 use drava_storage::{
     AppendError, FlushError, FlushSink, GlommioIo, IndexDb, Io, NewEntry, PartitionSlot, ReadError, Recovered, Run,
     StateBatch, Store, StoreConfig,
@@ -255,6 +256,10 @@ impl Io for FaultyIo {
 
     async fn sleep(&self, time: Duration) {
         self.disk.sleep(time).await;
+    }
+
+    fn start_index(&self, worker: IndexWorker) -> std::io::Result<()> {
+        self.disk.start_index(worker)
     }
 
     async fn yield_if_needed(&self) {

@@ -1,18 +1,27 @@
-//! The index: where extents lie, what the ledgers are, the rows of state. One RocksDB database for the node, one column
-//! family per shard, without a write-ahead log: the journal is that log.
+//! The index: where extents lie, what the ledgers are, the rows of state. One family of a key-value store ([`kv`]) per
+//! shard, without a write-ahead log: the journal is that log.
 //!
-//! RocksDB blocks, so each shard has a thread for its family. Requests go to it through a channel and answers come back
-//! as messages. Every batch carries the position in the journal that it covers, in the same atomic write, so that what
-//! is on disk after a crash says itself from where to replay. Source: `storage/README.md`, "Index".
+//! The store blocks, so each shard has a worker for its family, which [`Io`] runs on a thread. Requests go to it through
+//! a channel and answers come back as messages. Every batch carries the position in the journal that it covers, in the
+//! same atomic write, so that what is on disk after a crash says itself from where to replay. Source:
+//! `storage/README.md`, "Index".
+
+pub mod kv;
+pub mod model;
+mod rocks;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, mpsc};
+use std::ops::ControlFlow;
+use std::path::PathBuf;
 
-use drava_protocol::{LedgerId, PartitionId, ShardId};
-use drava_runtime::foreign::{Reply, ReplySender, reply};
-use rocksdb::{ColumnFamilyDescriptor, DB, Direction, IteratorMode, Options, WriteBatch, WriteOptions};
+use drava_protocol::{LedgerId, PartitionId};
+use drava_runtime::foreign::{Inbox, InboxSender, Reply, ReplySender, inbox, reply};
 
+pub use self::rocks::IndexDb;
+
+use self::kv::{Kv, KvBatch};
+use crate::damage::DamageRow;
+use crate::io::Io;
 use crate::journal::JournalEnd;
 use crate::segment::SegmentId;
 
@@ -22,11 +31,9 @@ const TABLE_LEDGER: u8 = b'l';
 const TABLE_PARTITION: u8 = b'p';
 const TABLE_STATE: u8 = b's';
 const TABLE_SEGMENT: u8 = b'g';
+const TABLE_DAMAGE: u8 = b'd';
+const TABLE_SCRUB: u8 = b'r';
 const VERSION: u8 = 1;
-
-const WRITE_BUFFER_BYTES: usize = 4 << 20;
-const BLOCK_CACHE_BYTES: usize = 8 << 20;
-const OPEN_FILES_MAX: i32 = 128;
 
 #[derive(Debug, thiserror::Error)]
 pub enum IndexError {
@@ -50,97 +57,23 @@ pub enum IndexError {
     Thread(String),
 }
 
-/// The RocksDB database of the node: one column family per shard. Blocking: open it before the executors start.
-pub struct IndexDb {
-    db: DB,
-}
-
-impl std::fmt::Debug for IndexDb {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "IndexDb({})", self.db.path().display())
-    }
-}
-
-impl IndexDb {
-    /// Opens or makes the database and the families of `shards` shards. An unusable database is set aside and made
-    /// anew; the stores then rebuild their families from their journals.
-    pub fn open(path: &Path, shards: u16) -> Result<Arc<IndexDb>, IndexError> {
-        let db = match open_db(path, shards) {
-            Ok(db) => db,
-            Err(error) if is_unusable(&error) => {
-                let aside = path.with_extension("unusable");
-                tracing::error!(path = %path.display(), error = %error, aside = %aside.display(), "the index is unusable; it is made anew");
-                let set_aside = |source| IndexError::SetAside { path: path.to_owned(), source };
-                if aside.exists() {
-                    std::fs::remove_dir_all(&aside).map_err(set_aside)?;
-                }
-                std::fs::rename(path, &aside).map_err(set_aside)?;
-                open_db(path, shards).map_err(|source| IndexError::Open { path: path.to_owned(), source })?
-            }
-            Err(source) => return Err(IndexError::Open { path: path.to_owned(), source }),
-        };
-        Ok(Arc::new(IndexDb { db }))
-    }
-
-    /// The family of one shard; for [`crate::Store::open`], on whichever thread.
-    pub fn shard(self: &Arc<Self>, shard: ShardId) -> Index {
-        Index { db: self.clone(), family: family_name(shard) }
-    }
-}
-
-fn family_name(shard: ShardId) -> String {
-    format!("shard-{:03}", shard.0)
-}
-
-fn is_unusable(error: &rocksdb::Error) -> bool {
-    match error.kind() {
-        rocksdb::ErrorKind::Corruption => true,
-        // A file that the manifest names is gone.
-        rocksdb::ErrorKind::IOError => error.as_ref().contains("No such file"),
-        _ => false,
-    }
-}
-
-fn open_db(path: &Path, shards: u16) -> Result<DB, rocksdb::Error> {
-    let mut options = Options::default();
-    options.create_if_missing(true);
-    options.create_missing_column_families(true);
-    options.set_max_open_files(OPEN_FILES_MAX);
-    options.set_max_file_opening_threads(1);
-    options.set_max_background_jobs(2);
-    options.set_keep_log_file_num(2);
-    options.set_max_log_file_size(1 << 20);
-    options.set_log_level(rocksdb::LogLevel::Error);
-    options.set_stats_dump_period_sec(0);
-    options.set_stats_persist_period_sec(0);
-    options.set_paranoid_checks(true);
-    let cache = rocksdb::Cache::new_lru_cache(BLOCK_CACHE_BYTES);
-    let family_options = || {
-        let mut options = Options::default();
-        options.set_write_buffer_size(WRITE_BUFFER_BYTES);
-        options.set_max_write_buffer_number(2);
-        options.set_compression_type(rocksdb::DBCompressionType::Lz4);
-        options.set_target_file_size_base(16 << 20);
-        let mut table = rocksdb::BlockBasedOptions::default();
-        table.set_block_cache(&cache);
-        table.set_cache_index_and_filter_blocks(true);
-        options.set_block_based_table_factory(&table);
-        options
-    };
-    let mut names = DB::list_cf(&options, path).unwrap_or_default();
-    names.extend((0..shards).map(|shard| family_name(ShardId(shard))));
-    names.push(rocksdb::DEFAULT_COLUMN_FAMILY_NAME.to_owned());
-    names.sort_unstable();
-    names.dedup();
-    let families = names.into_iter().map(|name| ColumnFamilyDescriptor::new(name, family_options()));
-    DB::open_cf_descriptors(&options, path, families)
-}
-
-/// The family of one shard.
-#[derive(Clone, Debug)]
+/// The family of one shard; for [`crate::Store::open`], on whichever thread.
 pub struct Index {
-    db: Arc<IndexDb>,
-    family: String,
+    name: String,
+    pub(crate) kv: Box<dyn Kv>,
+}
+
+impl std::fmt::Debug for Index {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Index({})", self.name)
+    }
+}
+
+impl Index {
+    /// An index over a family; `name` is what logs call it.
+    pub fn new(name: &str, kv: Box<dyn Kv>) -> Index {
+        Index { name: name.to_owned(), kv }
+    }
 }
 
 /// Where an extent lies and what it holds.
@@ -202,6 +135,10 @@ pub(crate) struct IndexBatch {
     pub(crate) covered: Covered,
     /// Make everything up to here durable.
     pub(crate) flush: bool,
+    /// Rows of the damage registry.
+    pub(crate) damage: Vec<DamageRow>,
+    /// How far the scrubber has come.
+    pub(crate) scrub: Option<Vec<u8>>,
 }
 
 /// Everything of a partition below these is deleted.
@@ -226,6 +163,10 @@ pub(crate) struct Loaded {
     pub(crate) partitions: BTreeMap<PartitionId, LoadedPartition>,
     /// Segment, generation, live bytes.
     pub(crate) segments: Vec<(SegmentId, u64, u64)>,
+    /// Rows of the damage registry, by number.
+    pub(crate) damage: Vec<(u64, Vec<u8>)>,
+    /// How far the scrubber had come.
+    pub(crate) scrub: Vec<u8>,
 }
 
 #[derive(Debug, Default)]
@@ -254,40 +195,60 @@ enum Request {
     },
 }
 
-/// The shard's side of the index thread. The thread ends when this is dropped and its work is done.
-#[derive(Clone, Debug)]
+/// The shard's side of the index. The worker ends when this is dropped and its work is done.
+#[derive(Clone)]
 pub(crate) struct IndexThread {
-    requests: mpsc::Sender<Request>,
+    requests: InboxSender<Request>,
+}
+
+/// The other side: serves the requests one after the other. Whoever runs it drops it at the end.
+pub struct IndexWorker {
+    // Dropped first: whoever is told of the end may want to open the database again.
+    family: Family,
+    requests: Inbox<Request>,
+    stopped: Option<ReplySender<()>>,
+}
+
+/// One request to an index.
+pub struct IndexRequest(Request);
+
+impl IndexWorker {
+    pub fn name(&self) -> &str {
+        &self.family.name
+    }
+
+    /// The next request; `None`: there will be none.
+    pub async fn next(&mut self) -> Option<IndexRequest> {
+        match self.requests.recv().await? {
+            Request::Stop(reply) => {
+                self.stopped = Some(reply);
+                None
+            }
+            request => Some(IndexRequest(request)),
+        }
+    }
+
+    /// Blocks for as long as the key-value store does.
+    pub fn serve(&mut self, request: IndexRequest) {
+        self.family.serve(request.0);
+    }
+
+    /// Serves all there will be, on this thread.
+    pub fn run(mut self) {
+        futures_lite::future::block_on(async {
+            while let Some(request) = self.next().await {
+                self.serve(request);
+            }
+        });
+    }
 }
 
 impl IndexThread {
-    pub(crate) fn start(index: Index) -> Result<IndexThread, IndexError> {
-        let (requests, receiver) = mpsc::channel();
-        let name = format!("ix-{}", index.family);
-        let worker = move || {
-            let mut family = Family { index, live: BTreeMap::new() };
-            let mut stopped = None;
-            while let Ok(request) = receiver.recv() {
-                if let Request::Stop(reply) = request {
-                    stopped = Some(reply);
-                    break;
-                }
-                family.serve(request);
-            }
-            // Whoever waits for the end may want to open the database again.
-            drop(family);
-            if let Some(reply) = stopped {
-                reply.send(());
-            }
-        };
-        std::thread::Builder::new()
-            .name(name)
-            .spawn(move || {
-                if let Err(panic) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(worker)) {
-                    drava_runtime::task::stop_after_panic(&*panic);
-                }
-            })
-            .map_err(|error| IndexError::Thread(error.to_string()))?;
+    pub(crate) fn start(io: &impl Io, index: Index) -> Result<IndexThread, IndexError> {
+        let (requests, inbox) = inbox();
+        let family = Family { name: index.name, kv: index.kv, live: BTreeMap::new() };
+        let worker = IndexWorker { family, requests: inbox, stopped: None };
+        io.start_index(worker).map_err(|error| IndexError::Thread(error.to_string()))?;
         Ok(IndexThread { requests })
     }
 
@@ -324,7 +285,7 @@ impl IndexThread {
         self.ask(Request::Since { partition, start_offset, end_offset, time_ms, reply: sender }, reply).await
     }
 
-    /// Ends the thread after what was asked before; it lets go of the database.
+    /// Ends the worker after what was asked before; it lets go of the database.
     pub(crate) async fn stop(&self) {
         let (sender, reply) = reply();
         if self.requests.send(Request::Stop(sender)).is_ok() {
@@ -340,9 +301,10 @@ impl IndexThread {
     }
 }
 
-/// The thread's side.
+/// What the worker works on.
 struct Family {
-    index: Index,
+    name: String,
+    kv: Box<dyn Kv>,
     /// Generation and live bytes of each segment, as in the family.
     live: BTreeMap<SegmentId, (u64, u64)>,
 }
@@ -362,22 +324,16 @@ impl Family {
         }
     }
 
-    fn handle(&self) -> Result<&rocksdb::ColumnFamily, IndexError> {
-        let handle = self.index.db.db.cf_handle(&self.index.family);
-        handle.ok_or(IndexError::Row("the family of this shard does not exist"))
-    }
-
     fn load(&mut self) -> Result<Loaded, IndexError> {
         let mut loaded = self.read_all();
         if !matches!(&loaded, Ok(loaded) if loaded.covered.is_some()) {
             if let Err(error) = &loaded {
-                tracing::error!(family = self.index.family, error = %error, "the index of a shard is unusable");
+                tracing::error!(family = self.name, error = %error, "the index of a shard is unusable");
             }
             // Rows without a covered position, or that cannot be read, are made anew from the journal.
-            let handle = self.handle()?;
-            let mut batch = WriteBatch::default();
-            batch.delete_range_cf(handle, [0u8].as_slice(), [255u8].as_slice());
-            self.write(batch)?;
+            let mut batch = KvBatch::default();
+            batch.delete_range([0], [255]);
+            self.kv.write(batch)?;
             loaded = Ok(Loaded::default());
         }
         let loaded = loaded?;
@@ -386,72 +342,67 @@ impl Family {
     }
 
     fn read_all(&self) -> Result<Loaded, IndexError> {
-        let handle = self.handle()?;
-        let db = &self.index.db.db;
         let mut loaded = Loaded::default();
-        if let Some(value) = db.get_cf(handle, [TABLE_COVERED])? {
+        if let Some(value) = self.kv.get(&[TABLE_COVERED])? {
             loaded.covered = Some(Covered::decode(&value)?);
         }
-        for table in [TABLE_PARTITION, TABLE_LEDGER, TABLE_STATE, TABLE_SEGMENT] {
-            for item in db.iterator_cf(handle, IteratorMode::From(&[table], Direction::Forward)) {
-                let (key, value) = item?;
-                let Some(mut key) = key.strip_prefix(&[table]) else { break };
-                if table == TABLE_SEGMENT {
-                    let mut value = &value[..];
-                    loaded.segments.push((SegmentId(be_u32(&mut key)?), le_u64(&mut value)?, le_u64(&mut value)?));
-                    continue;
-                }
-                let partition = PartitionId(be_u64(&mut key)?);
-                if table == TABLE_PARTITION {
-                    let row = PartitionRow::decode(&value)?;
-                    loaded.partitions.insert(partition, LoadedPartition { row, ..LoadedPartition::default() });
-                    continue;
-                }
-                // Rows that were derived from entries of a partition deleted since.
-                let Some(found) = loaded.partitions.get_mut(&partition) else { continue };
-                if table == TABLE_LEDGER {
-                    found.ledgers.push((be_u32(&mut key)?, LedgerRow::decode(&value)?));
-                } else {
-                    found.state.push((key.to_vec(), value.to_vec()));
-                }
-            }
+        loaded.scrub = self.kv.get(&[TABLE_SCRUB])?.unwrap_or_default();
+        for table in [TABLE_PARTITION, TABLE_LEDGER, TABLE_STATE, TABLE_SEGMENT, TABLE_DAMAGE] {
+            self.rows(&[table], &[table], |key, value| loaded.take(table, key, value).map(ControlFlow::Continue))?;
         }
         Ok(loaded)
     }
 
+    /// Gives `visit` the rows from `from` on whose keys start with `prefix`, without the prefix.
+    fn rows(
+        &self,
+        prefix: &[u8],
+        from: &[u8],
+        mut visit: impl FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, IndexError>,
+    ) -> Result<(), IndexError> {
+        let mut bad = None;
+        self.kv.scan(from, &mut |key, value| {
+            let Some(key) = key.strip_prefix(prefix) else { return ControlFlow::Break(()) };
+            visit(key, value).unwrap_or_else(|error| {
+                bad = Some(error);
+                ControlFlow::Break(())
+            })
+        })?;
+        bad.map_or(Ok(()), Err)
+    }
+
     fn apply(&mut self, changes: &IndexBatch) -> Result<Applied, IndexError> {
-        let handle = self.handle()?;
-        let mut batch = WriteBatch::default();
+        let mut batch = KvBatch::default();
         let mut applied = Applied::default();
         let mut touched: BTreeMap<SegmentId, (u64, i64)> = BTreeMap::new();
         for &(segment, generation) in &changes.generations {
             touched.insert(segment, (generation, 0));
         }
         for (partition, row) in &changes.extents {
-            batch.put_cf(handle, extent_key(*partition, row.first_offset), row.encode());
+            batch.put(extent_key(*partition, row.first_offset), row.encode());
             touched.entry(row.segment).or_default().1 += row.body_bytes as i64;
         }
         for (ledger, row) in &changes.ledgers {
-            batch.put_cf(handle, ledger_key(*ledger), row.encode());
+            batch.put(ledger_key(*ledger), row.encode());
         }
         for (partition, row) in &changes.partitions {
-            batch.put_cf(handle, partition_key(TABLE_PARTITION, *partition), row.encode());
+            batch.put(partition_key(TABLE_PARTITION, *partition), row.encode());
         }
         for (partition, key, value) in &changes.state {
             let mut row = partition_key(TABLE_STATE, *partition).to_vec();
             row.extend_from_slice(key);
             match value {
-                Some(value) => batch.put_cf(handle, row, value),
-                None => batch.delete_cf(handle, row),
+                Some(value) => batch.put(row, &value[..]),
+                None => batch.delete(row),
             }
         }
         for trim in &changes.trims {
             self.release(changes, trim.partition, trim.start_offset, &mut touched, &mut applied)?;
             let (from, to) = (extent_key(trim.partition, 0), extent_key(trim.partition, trim.start_offset));
-            batch.delete_range_cf(handle, from, to);
+            batch.delete_range(from, to);
             let from = ledger_key(LedgerId { partition: trim.partition, sequence: 0 });
             let to = ledger_key(LedgerId { partition: trim.partition, sequence: trim.first_ledger });
-            batch.delete_range_cf(handle, from, to);
+            batch.delete_range(from, to);
         }
         for &partition in &changes.dropped {
             self.release(changes, partition, u64::MAX, &mut touched, &mut applied)?;
@@ -461,7 +412,7 @@ impl Family {
                     Some(next) => partition_key(table, PartitionId(next)).to_vec(),
                     None => vec![table + 1],
                 };
-                batch.delete_range_cf(handle, from.to_vec(), to);
+                batch.delete_range(from.to_vec(), to);
             }
         }
         let mut rows = Vec::with_capacity(touched.len());
@@ -477,13 +428,24 @@ impl Family {
             value.extend_from_slice(&row.1.to_le_bytes());
             let mut key = vec![TABLE_SEGMENT];
             key.extend_from_slice(&segment.0.to_be_bytes());
-            batch.put_cf(handle, key, value);
+            batch.put(key, value);
             rows.push((segment, row));
         }
-        batch.put_cf(handle, [TABLE_COVERED], changes.covered.encode());
-        self.write(batch)?;
+        for (number, value) in &changes.damage {
+            let mut key = vec![TABLE_DAMAGE];
+            key.extend_from_slice(&number.to_be_bytes());
+            match value {
+                Some(value) => batch.put(key, &value[..]),
+                None => batch.delete(key),
+            }
+        }
+        if let Some(scrub) = &changes.scrub {
+            batch.put([TABLE_SCRUB], &scrub[..]);
+        }
+        batch.put([TABLE_COVERED], changes.covered.encode());
+        self.kv.write(batch)?;
         if changes.flush {
-            self.index.db.db.flush_cf(handle)?;
+            self.kv.flush()?;
             applied.flushed = true;
         }
         self.live.extend(rows);
@@ -518,32 +480,20 @@ impl Family {
         Ok(())
     }
 
-    fn write(&self, batch: WriteBatch) -> Result<(), IndexError> {
-        let mut options = WriteOptions::default();
-        options.disable_wal(true);
-        Ok(self.index.db.db.write_opt(batch, &options)?)
-    }
-
     fn extents(&self, partition: PartitionId, offset: u64, count_max: usize) -> Result<Vec<ExtentRow>, IndexError> {
-        let handle = self.handle()?;
         let prefix = partition_key(TABLE_EXTENT, partition);
-        let mut iterator = self.index.db.db.raw_iterator_cf(handle);
-        iterator.seek_for_prev(extent_key(partition, offset));
-        let mut rows = Vec::new();
-        if !iterator.valid() || !iterator.key().is_some_and(|key| key.starts_with(&prefix)) {
-            iterator.status()?;
-            iterator.seek(extent_key(partition, offset));
+        let mut from = extent_key(partition, offset).to_vec();
+        if let Some((key, _)) = self.kv.last_at(&from)?.filter(|(key, _)| key.starts_with(&prefix)) {
+            from = key;
         }
-        while rows.len() < count_max && iterator.valid() {
-            let (Some(key), Some(value)) = (iterator.key(), iterator.value()) else { break };
-            let Some(mut key) = key.strip_prefix(&prefix[..]) else { break };
+        let mut rows = Vec::new();
+        self.rows(&prefix, &from, |mut key, value| {
             let row = ExtentRow::decode(be_u64(&mut key)?, value)?;
             if offset < row.next_offset {
                 rows.push(row);
             }
-            iterator.next();
-        }
-        iterator.status()?;
+            Ok(if rows.len() < count_max { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+        })?;
         Ok(rows)
     }
 
@@ -554,24 +504,44 @@ impl Family {
         end_offset: u64,
         time_ms: u64,
     ) -> Result<Option<ExtentRow>, IndexError> {
-        let handle = self.handle()?;
-        let prefix = partition_key(TABLE_EXTENT, partition);
-        let mut iterator = self.index.db.db.raw_iterator_cf(handle);
-        iterator.seek(extent_key(partition, start_offset));
-        while iterator.valid() {
-            let (Some(key), Some(value)) = (iterator.key(), iterator.value()) else { break };
-            let Some(mut key) = key.strip_prefix(&prefix[..]) else { break };
+        let mut found = None;
+        self.rows(&partition_key(TABLE_EXTENT, partition), &extent_key(partition, start_offset), |mut key, value| {
             let row = ExtentRow::decode(be_u64(&mut key)?, value)?;
             if end_offset <= row.first_offset {
-                break;
+                return Ok(ControlFlow::Break(()));
             }
-            if time_ms <= row.max_append_time_ms {
-                return Ok(Some(row));
-            }
-            iterator.next();
+            found = Some(row).filter(|row| time_ms <= row.max_append_time_ms);
+            Ok(if found.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        })?;
+        Ok(found)
+    }
+}
+
+impl Loaded {
+    /// Takes one row of a table, its key without the table's byte.
+    fn take(&mut self, table: u8, mut key: &[u8], mut value: &[u8]) -> Result<(), IndexError> {
+        if table == TABLE_SEGMENT {
+            self.segments.push((SegmentId(be_u32(&mut key)?), le_u64(&mut value)?, le_u64(&mut value)?));
+            return Ok(());
         }
-        iterator.status()?;
-        Ok(None)
+        if table == TABLE_DAMAGE {
+            self.damage.push((be_u64(&mut key)?, value.to_vec()));
+            return Ok(());
+        }
+        let partition = PartitionId(be_u64(&mut key)?);
+        if table == TABLE_PARTITION {
+            let row = PartitionRow::decode(value)?;
+            self.partitions.insert(partition, LoadedPartition { row, ..LoadedPartition::default() });
+            return Ok(());
+        }
+        // Rows that were derived from entries of a partition deleted since.
+        let Some(found) = self.partitions.get_mut(&partition) else { return Ok(()) };
+        if table == TABLE_LEDGER {
+            found.ledgers.push((be_u32(&mut key)?, LedgerRow::decode(value)?));
+        } else {
+            found.state.push((key.to_vec(), value.to_vec()));
+        }
+        Ok(())
     }
 }
 
