@@ -10,7 +10,9 @@ use common::disk::{Disk, skipped};
 use common::{Node, NodeOptions, PATIENCE, Received, Wire, batch_of, wait_until};
 use drava_protocol::ErrorCode;
 use drava_protocol::batch::Seal;
-use drava_protocol::message::{Ack, DeleteTopic, DescribePartition, Fetch, Place, Publish, Subscribe, Topic, TopicPolicy};
+use drava_protocol::message::{
+    Ack, DeleteTopic, DescribePartition, Fetch, Place, Publish, Subscribe, Topic, TopicPolicy,
+};
 
 const DISK_BYTES: u64 = 320 << 20;
 const RESERVE_BYTES: u64 = 96 << 20;

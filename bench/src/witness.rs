@@ -290,11 +290,7 @@ fn compare(id: u64, stored: &[Option<(u64, u64)>], told: &[u64], findings: &mut 
 }
 
 /// Producer and sequence by offset. `None`: skipped or changed.
-fn read(
-    owner: SocketAddr,
-    partition: u64,
-    findings: &mut Findings,
-) -> Result<Vec<Option<(u64, u64)>>, WitnessError> {
+fn read(owner: SocketAddr, partition: u64, findings: &mut Findings) -> Result<Vec<Option<(u64, u64)>>, WitnessError> {
     let mut node = Blocking::<()>::connect(owner)?;
     let mut stored: Vec<Option<(u64, u64)>> = Vec::new();
     let mut offset = 0;

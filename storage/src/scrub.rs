@@ -77,11 +77,7 @@ pub(crate) struct Scrub {
 }
 
 impl Scrub {
-    pub(crate) fn load(
-        progress: &[u8],
-        damaged: &[DamagedRange],
-        generation: impl Fn(u32) -> Option<u64>,
-    ) -> Scrub {
+    pub(crate) fn load(progress: &[u8], damaged: &[DamagedRange], generation: impl Fn(u32) -> Option<u64>) -> Scrub {
         let place = |range: &DamagedRange| DamagedPlace {
             segment: range.segment,
             generation: generation(range.segment).unwrap_or(0),
@@ -128,9 +124,8 @@ impl Suspects {
     /// The place that held what is missing between two extents, if there is one to suspect.
     fn between(&self, before: Option<&ExtentRow>, after: Option<&ExtentRow>) -> Option<DamagedPlace> {
         let all = self.by_segment.iter();
-        let mut places = all.flat_map(|(segment, (generation, places))| {
-            places.iter().map(move |place| (*segment, *generation, place))
-        });
+        let mut places = all
+            .flat_map(|(segment, (generation, places))| places.iter().map(move |place| (*segment, *generation, place)));
         let (segment, generation, positions) = places.find(|(segment, _, place)| {
             before.is_some_and(|row| row.segment == *segment && row.position < place.start)
                 || after.is_some_and(|row| row.segment == *segment && place.end <= row.position)
