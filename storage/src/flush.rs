@@ -14,7 +14,7 @@ use crate::io::{ALIGNMENT, Io};
 use crate::journal::Completed;
 use crate::pool::{self, Block};
 use crate::stage::{Group, StagedExtent};
-use crate::state::{RowChange, StateBatch};
+use crate::state::{Checkpoint, RowChange, StateBatch};
 use crate::store::{FlushError, FlushSink, Inner, Partitions};
 
 /// An index batch goes out when it has this many extents,
@@ -145,8 +145,8 @@ impl<I: Io, T: 'static> Inner<I, T> {
             }
             let partition = &mut partitions.list[partition_index as usize];
             group.take_rows(index, |change| {
-                // Retention decides anew about a trim.
-                if !matches!(change, RowChange::Trim(_)) {
+                // Retention decides anew about a trim, and a checkpoint is begun anew.
+                if !matches!(change, RowChange::Trim(_) | RowChange::Checkpoint(_)) {
                     staging.row(partition.partition, partition_index, change, &mut partition.state_chain);
                 }
             });
@@ -228,6 +228,11 @@ impl<I: Io, T: 'static> Inner<I, T> {
                     partition.tail = Default::default();
                     batch.dropped.push(partition.partition);
                 }
+                RowChange::Checkpoint(Checkpoint::End { generation, .. }) => {
+                    batch.checkpoint = Some(generation);
+                    self.journal.set_checkpoint(generation);
+                }
+                RowChange::Checkpoint(Checkpoint::Row { .. } | Checkpoint::Partition { .. }) => {}
             });
         }
         self.journal.add_live(placement.segment, live_bytes);
@@ -236,6 +241,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         indexing.changed |= !is_mark;
         indexing.bytes += completed.block_bytes;
         indexing.unflushed_bytes += completed.block_bytes;
+        self.checkpoints.borrow_mut().grown_bytes += completed.block_bytes;
         if INDEX_EXTENTS_MIN <= indexing.batch.extents.len() || INDEX_BYTES_MIN <= indexing.bytes {
             indexing.wanted = true;
             self.index_woken.notify();

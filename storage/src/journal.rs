@@ -156,6 +156,8 @@ struct State<I: Io, P> {
     vouched_sequence: u64,
     /// The last block that holds nothing.
     mark_sequence: u64,
+    /// Segments of this generation and later ones hold the last whole checkpoint and what came after it.
+    checkpoint_generation: u64,
 }
 
 /// The blocks that the segment which takes over will cut off.
@@ -217,6 +219,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 rolls: 0,
                 vouched_sequence: 0,
                 mark_sequence: 0,
+                checkpoint_generation: u64::MAX,
             }),
             woken,
             wanted: Notify::default(),
@@ -466,6 +469,20 @@ impl<I: Io, P: 'static> Journal<I, P> {
         self.wanted.notify();
     }
 
+    /// The last whole checkpoint starts in the segment of this generation: dead segments before it may be used again.
+    /// Without a call, nothing is kept for the sake of checkpoints.
+    pub(crate) fn set_checkpoint(&self, generation: u64) {
+        self.state.borrow_mut().checkpoint_generation = generation;
+        self.wanted.notify();
+    }
+
+    /// Whether the disk is full and a segment could be used again if there were a later checkpoint.
+    pub(crate) fn waits_for_checkpoint(&self) -> bool {
+        let state = self.state.borrow();
+        let state = &*state;
+        state.full && state.segments.iter().flatten().any(|s| state.is_forgotten(s) && !state.is_dead(s))
+    }
+
     pub(crate) fn add_live(&self, segment: SegmentId, bytes: u64) {
         if let Some(segment) = self.state.borrow_mut().segments.get_mut(segment.0 as usize).and_then(Option::as_mut) {
             segment.live_bytes += bytes;
@@ -636,8 +653,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
         });
         let kept = if self.is_quiet() { DEAD_KEPT } else { DEAD_KEPT_BUSY };
         let many = self.config.segments_spare + kept < state.segments.iter().filter(dead).count();
-        let suspect =
-            state.segments.iter().position(|s| s.as_ref().is_some_and(|s| state.is_dead(s) && s.suspect));
+        let suspect = state.segments.iter().position(|s| s.as_ref().is_some_and(|s| state.is_dead(s) && s.suspect));
         let found = suspect.or(odd).or_else(|| state.segments.iter().rposition(|s| dead(&s)).filter(|_| many));
         found.map(|index| SegmentId(index as u32))
     }
@@ -662,9 +678,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
             let mut state = self.state.borrow_mut();
             let state = &mut *state;
             let dead = state.segments.iter().position(|segment| {
-                segment.as_ref().is_some_and(|s| {
-                    state.is_dead(s) && s.bytes == self.config.segment_bytes && !s.suspect
-                })
+                segment.as_ref().is_some_and(|s| state.is_dead(s) && s.bytes == self.config.segment_bytes && !s.suspect)
             });
             let spare = || {
                 let spare = |s: &Segment<I::File>| s.role == Role::Spare && s.bytes == self.config.segment_bytes;
@@ -822,6 +836,13 @@ impl<I: Io, P> State<I, P> {
     }
 
     fn is_dead(&self, segment: &Segment<I::File>) -> bool {
+        // Only the journal's own blocks repeat rows and change them.
+        let needed = segment.kind == SegmentKind::Journal && self.checkpoint_generation <= segment.generation;
+        self.is_forgotten(segment) && !needed
+    }
+
+    /// Nothing in it is live or will be replayed.
+    fn is_forgotten(&self, segment: &Segment<I::File>) -> bool {
         segment.role == Role::Sealed && segment.live_bytes == 0 && segment.last_sequence <= self.covered_sequence
     }
 

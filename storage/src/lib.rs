@@ -20,6 +20,7 @@ mod backlog;
 pub mod block;
 pub mod budget;
 mod cache;
+mod checkpoint;
 pub mod dump;
 mod flush;
 pub mod index;
@@ -30,6 +31,7 @@ mod managed_ledger;
 mod mark;
 mod open;
 mod pool;
+mod rebuild;
 mod record_log;
 mod recovery;
 pub mod segment;
@@ -44,6 +46,7 @@ pub use io::glommio::GlommioIo;
 pub use record_log::{RecordLog, RecordLogConfig, RecordPosition};
 pub use state::StateBatch;
 pub use store::{
-    AppendError, Cached, DamagedRange, FlushError, FlushSink, NewEntry, OpenError, PartitionLimits, PartitionSlot,
-    ReadError, Recovered, RecoveredPartition, ReplayedBatch, Run, Span, Store, StoreConfig, StoreFigures, TornTail,
+    AppendError, Cached, DamagedRange, FlushError, FlushSink, LostRange, NewEntry, OpenError, PartitionLimits,
+    PartitionSlot, ReadError, Rebuilt, Recovered, RecoveredPartition, ReplayedBatch, Run, Span, Store, StoreConfig,
+    StoreFigures, TornTail,
 };

@@ -11,17 +11,19 @@ use drava_runtime::local::{Broadcast, Notify};
 use crate::backlog::Backlog;
 use crate::block::{ExtentHeader, ExtentKind};
 use crate::cache::BlockCache;
+use crate::checkpoint::Checkpoints;
 use crate::flush::Indexing;
 use crate::index::{Covered, ExtentRow, Index, IndexBatch, IndexThread};
 use crate::io::{ALIGNMENT, Io};
-use crate::journal::{Journal, JournalConfig, JournalEnd};
+use crate::journal::{Journal, JournalConfig, JournalEnd, Role, Segment};
 use crate::ledger::{Ledgers, RollPolicy, Writer};
 use crate::managed_ledger::ManagedLedger;
 use crate::pool::BufferPool;
+use crate::rebuild::Rebuild;
 use crate::recovery::{self, Visited, Visitor, open_error};
 use crate::segment::{self, SegmentId, SegmentKind};
 use crate::stage::Staging;
-use crate::state::RowChange;
+use crate::state::{Checkpoint, RowChange};
 use crate::store::{
     Inner, OpenError, PartitionLimits, Partitions, Recovered, RecoveredPartition, ReplayedBatch, StoreConfig,
     StoreFigures,
@@ -86,7 +88,33 @@ pub(crate) async fn open<I: Io, T: 'static>(
         replay.state.insert(id, found.state.into_iter().collect());
     }
     let sealed = covered.is_some_and(|covered| covered.sealed);
-    let replayed = recovery::replay(&io, &config.dir, config.shard, &mut segments, covered, &mut replay).await?;
+    let mut made_anew = None;
+    let replayed = if covered.is_some() {
+        recovery::replay(&io, &config.dir, config.shard, &mut segments, covered, &mut replay).await?
+    } else {
+        let used = segments.iter().flatten().filter(|segment| 0 < segment.generation);
+        let bytes_total = used.map(|segment| segment.bytes).sum();
+        let mut rebuild = Rebuild::new(&io, &index, config.shard, bytes_total);
+        let replayed = recovery::replay(&io, &config.dir, config.shard, &mut segments, None, &mut rebuild).await?;
+        recovery::read_compacted(&io, &config.dir, config.shard, &mut segments, &mut rebuild).await?;
+        let finished = rebuild.finish(roll).await?;
+        replay.partitions = finished.partitions;
+        replay.state = finished.state;
+        replay.batches = finished.batches;
+        replay.index = finished.index;
+        replay.live = finished.live;
+        made_anew = Some(finished.rebuilt).filter(|_| 0 < replayed.blocks);
+        replayed
+    };
+    let checkpoint = replay.index.checkpoint.or(loaded.checkpoint).unwrap_or(0);
+    // Without a checkpoint all of the journal is behind the last one.
+    let grown = |segment: &&Segment<I::File>| {
+        segment.kind == SegmentKind::Journal && segment.role != Role::Spare && checkpoint <= segment.generation
+    };
+    let checkpoints = Checkpoints {
+        grown_bytes: segments.iter().flatten().filter(grown).map(|segment| segment.bytes).sum(),
+        bytes: replay.state.values().flatten().map(|(key, value)| (key.len() + value.len() + 32) as u64).sum(),
+    };
     for &(id, bytes) in &replay.live {
         if let Some(segment) = segments[id.0 as usize].as_mut() {
             segment.live_bytes += bytes;
@@ -143,6 +171,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
         journal.remove_live(segment, bytes);
     }
     journal.set_covered(end.next_sequence - 1);
+    journal.set_checkpoint(checkpoint);
     if !journal.has_segment() {
         journal.prepare().await.map_err(open_error("make the first journal segment"))?;
     }
@@ -172,6 +201,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
         damaged: replayed.damaged,
         torn: replayed.torn,
         index_rebuilt: rebuilt,
+        rebuilt: made_anew,
     };
     let inner = Inner {
         pool: Rc::new(BufferPool::new(io.clone(), POOL_FREE_BYTES_MAX)),
@@ -200,6 +230,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
         progress: Broadcast::default(),
         stopped: Cell::new(false),
         sink: RefCell::new(None),
+        checkpoints: RefCell::new(checkpoints),
         unvouched: Notify::default(),
         mark_wanted: Cell::new(false),
         journal,
@@ -254,14 +285,7 @@ impl Visitor for Replay {
             partition.writer = Writer::after(partition.row().last_ledger);
             self.index.extents.push((partition.partition, row));
             self.live.push((block.segment, row.body_bytes as u64));
-            let batches = block.batches[extent.batches.clone()].iter().map(|batch| ReplayedBatch {
-                base_offset: batch.base_offset,
-                record_count: batch.record_count,
-                append_time_ms: batch.append_time_ms,
-                producer: batch.producer,
-                producer_epoch: batch.producer_epoch,
-                base_sequence: batch.base_sequence,
-            });
+            let batches = block.batches[extent.batches.clone()].iter().map(ReplayedBatch::of);
             self.batches.entry(partition.partition).or_default().extend(batches);
         }
         // A partition's last row may drop it, whatever comes before it in the block.
@@ -286,6 +310,13 @@ impl Visitor for Replay {
 
 impl Replay {
     fn change(&mut self, id: PartitionId, change: RowChange) {
+        // It repeats what the index has; the partition may be gone since.
+        if let RowChange::Checkpoint(row) = change {
+            if let Checkpoint::End { generation, .. } = row {
+                self.index.checkpoint = Some(generation);
+            }
+            return;
+        }
         let partition = self.partitions.get_or_insert(id, self.roll);
         match change {
             RowChange::Put { key, value } => {
@@ -310,6 +341,7 @@ impl Replay {
                 self.batches.remove(&id);
                 self.index.dropped.push(id);
             }
+            RowChange::Checkpoint(_) => {}
         }
     }
 }

@@ -15,6 +15,7 @@ use drava_runtime::local::{Broadcast, Notify, oneshot};
 use crate::backlog::Backlog;
 use crate::block::{self, EXTENT_HEADER_BYTES};
 use crate::cache::BlockCache;
+use crate::checkpoint::Checkpoints;
 use crate::flush::{Flushing, Indexing};
 use crate::index::{Index, IndexError, IndexThread, PartitionRow};
 use crate::io::{ALIGNMENT, Io};
@@ -250,6 +251,27 @@ pub struct Recovered {
     pub torn: Option<TornTail>,
     /// The index was lost or unusable and was made anew from the journal.
     pub index_rebuilt: bool,
+    /// What it was made of.
+    pub rebuilt: Option<Rebuilt>,
+}
+
+/// What a new index was made of.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rebuilt {
+    pub segments: u64,
+    /// As found; those that were deleted or moved are among them.
+    pub extents: u64,
+    pub partitions: u64,
+    pub state_rows: u64,
+    /// Messages that no segment has.
+    pub missing: Vec<LostRange>,
+}
+
+/// Messages that were acknowledged and cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LostRange {
+    pub partition: PartitionId,
+    pub offsets: Range<u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -257,6 +279,10 @@ pub struct DamagedRange {
     pub segment: u32,
     pub start_position: u64,
     pub end_position: u64,
+    /// Of this use of the segment.
+    pub generation: u64,
+    /// What it held, as far as that could be made out.
+    pub lost: Vec<LostRange>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -272,7 +298,7 @@ pub struct RecoveredPartition {
     pub end_offset: u64,
     /// Key and value of each row, by key.
     pub state: Vec<(Vec<u8>, Vec<u8>)>,
-    /// Batches after the position that `state` covers, in order.
+    /// Batches after the position that `state` covers, in order. After a rebuild some may come before it.
     pub replayed: Vec<ReplayedBatch>,
 }
 
@@ -284,6 +310,19 @@ pub struct ReplayedBatch {
     pub producer: u64,
     pub producer_epoch: u32,
     pub base_sequence: u64,
+}
+
+impl ReplayedBatch {
+    pub(crate) fn of(batch: &batch::Header) -> ReplayedBatch {
+        ReplayedBatch {
+            base_offset: batch.base_offset,
+            record_count: batch.record_count,
+            append_time_ms: batch.append_time_ms,
+            producer: batch.producer,
+            producer_epoch: batch.producer_epoch,
+            base_sequence: batch.base_sequence,
+        }
+    }
 }
 
 /// The figures of a store: counters since it was opened, and gauges, which say so.
@@ -348,6 +387,7 @@ pub(crate) struct Inner<I: Io, T: 'static> {
     /// A block became durable that no later one vouches for.
     pub(crate) unvouched: Notify,
     pub(crate) mark_wanted: Cell<bool>,
+    pub(crate) checkpoints: RefCell<Checkpoints>,
 }
 
 #[derive(Default)]
@@ -386,6 +426,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         inner.io.spawn(inner.clone().run_indexer(sink));
         inner.io.spawn(inner.clone().run_housekeeping());
         inner.io.spawn(inner.clone().run_marker());
+        inner.io.spawn(inner.clone().run_checkpoints());
         inner.io.spawn(inner.journal.clone().run());
         inner.woken.notify();
     }
@@ -432,9 +473,10 @@ impl<I: Io, T: 'static> Store<I, T> {
             return Err((AppendError::TooLarge { entry_bytes, limit_bytes }, token));
         }
         let mut staging = inner.staging.borrow_mut();
-        // Rows, which a full disk needs most, keep the last of the room.
+        // Rows and the next checkpoint, which a full disk needs most, keep the last of the room.
         let ahead_bytes = staging.bytes() + inner.in_flight_bytes.get() + entry_bytes;
-        if !inner.journal.has_room(ahead_bytes + inner.config.block_bytes_max as u64) {
+        let checkpoint_bytes = inner.checkpoints.borrow().bytes;
+        if !inner.journal.has_room(ahead_bytes + checkpoint_bytes + inner.config.block_bytes_max as u64) {
             return Err((AppendError::Full, token));
         }
         let body_bytes = padded(entry.bytes.len()) as u64;

@@ -8,6 +8,7 @@
 
 pub mod kv;
 pub mod model;
+mod rebuild;
 mod rocks;
 
 use std::collections::BTreeMap;
@@ -17,6 +18,7 @@ use std::path::PathBuf;
 use drava_protocol::{LedgerId, PartitionId};
 use drava_runtime::foreign::{Inbox, InboxSender, Reply, ReplySender, inbox, reply};
 
+pub(crate) use self::rebuild::{RebuildRows, SavedRows};
 pub use self::rocks::IndexDb;
 
 use self::kv::{Kv, KvBatch};
@@ -30,6 +32,8 @@ const TABLE_LEDGER: u8 = b'l';
 const TABLE_PARTITION: u8 = b'p';
 const TABLE_STATE: u8 = b's';
 const TABLE_SEGMENT: u8 = b'g';
+/// Beside the covered position.
+const KEY_CHECKPOINT: [u8; 2] = [TABLE_COVERED, b'c'];
 const VERSION: u8 = 1;
 
 #[derive(Debug, thiserror::Error)]
@@ -132,6 +136,10 @@ pub(crate) struct IndexBatch {
     pub(crate) covered: Covered,
     /// Make everything up to here durable.
     pub(crate) flush: bool,
+    /// The segment in which the last whole checkpoint starts, by generation.
+    pub(crate) checkpoint: Option<u64>,
+    /// After a rebuild: segments, their generations and what is live in them.
+    pub(crate) live: Vec<(SegmentId, u64, u64)>,
 }
 
 /// Everything of a partition below these is deleted.
@@ -156,6 +164,8 @@ pub(crate) struct Loaded {
     pub(crate) partitions: BTreeMap<PartitionId, LoadedPartition>,
     /// Segment, generation, live bytes.
     pub(crate) segments: Vec<(SegmentId, u64, u64)>,
+    /// The segment in which the last whole checkpoint starts, by generation.
+    pub(crate) checkpoint: Option<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -181,6 +191,12 @@ enum Request {
         end_offset: u64,
         time_ms: u64,
         reply: ReplySender<Result<Option<ExtentRow>, IndexError>>,
+    },
+    Rebuild(Box<RebuildRows>, ReplySender<Result<(), IndexError>>),
+    SavedRows {
+        from: Vec<u8>,
+        bytes_max: usize,
+        reply: ReplySender<Result<SavedRows, IndexError>>,
     },
 }
 
@@ -310,6 +326,8 @@ impl Family {
             Request::Since { partition, start_offset, end_offset, time_ms, reply } => {
                 reply.send(self.since(partition, start_offset, end_offset, time_ms));
             }
+            Request::Rebuild(rows, reply) => reply.send(self.rebuild(&rows)),
+            Request::SavedRows { from, bytes_max, reply } => reply.send(self.saved_rows(&from, bytes_max)),
         }
     }
 
@@ -334,6 +352,9 @@ impl Family {
         let mut loaded = Loaded::default();
         if let Some(value) = self.kv.get(&[TABLE_COVERED])? {
             loaded.covered = Some(Covered::decode(&value)?);
+        }
+        if let Some(value) = self.kv.get(&KEY_CHECKPOINT)? {
+            loaded.checkpoint = Some(le_u64(&mut &value[..])?);
         }
         for table in [TABLE_PARTITION, TABLE_LEDGER, TABLE_STATE, TABLE_SEGMENT] {
             self.rows(&[table], &[table], |key, value| loaded.take(table, key, value).map(ControlFlow::Continue))?;
@@ -403,6 +424,10 @@ impl Family {
                 batch.delete_range(from.to_vec(), to);
             }
         }
+        for &(segment, generation, live) in &changes.live {
+            self.live.insert(segment, (generation, live));
+            touched.insert(segment, (generation, 0));
+        }
         let mut rows = Vec::with_capacity(touched.len());
         for (segment, (generation, change)) in touched {
             let mut row = self.live.get(&segment).copied().unwrap_or_default();
@@ -418,6 +443,9 @@ impl Family {
             key.extend_from_slice(&segment.0.to_be_bytes());
             batch.put(key, value);
             rows.push((segment, row));
+        }
+        if let Some(generation) = changes.checkpoint {
+            batch.put(KEY_CHECKPOINT, generation.to_le_bytes());
         }
         batch.put([TABLE_COVERED], changes.covered.encode());
         self.kv.write(batch)?;
