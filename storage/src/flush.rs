@@ -293,12 +293,23 @@ impl<I: Io, T: 'static> Inner<I, T> {
                     let indexing = self.indexing.borrow();
                     indexing.flush_wanted || self.config.index_flush_bytes <= indexing.unflushed_bytes
                 };
+                let flush_due = flush_due && self.index_has_room().await;
                 if let Err(error) = self.send_index_batch(Some(&sink), flush_due, false).await {
                     tracing::error!(shard = self.config.shard.0, error = %error, "the index failed; the shard takes no more entries");
                     self.journal.fail(error);
                 }
             }
         }
+    }
+
+    /// A flush of the index takes room, which is part of the reserve. Where others have eaten into that, it waits: the
+    /// index would fail for good on a disk without any.
+    async fn index_has_room(&self) -> bool {
+        if !self.journal.is_full() {
+            return true;
+        }
+        let free_bytes = self.io.free_bytes(&self.config.dir).await;
+        free_bytes.is_ok_and(|free_bytes| self.config.disk_reserve_bytes / 2 <= free_bytes)
     }
 
     /// Brings the index up to the last completed block.
@@ -393,8 +404,8 @@ impl<I: Io, T: 'static> Inner<I, T> {
             }
             self.backlog.expire(self.io.now());
             let mut indexing = self.indexing.borrow_mut();
-            let flush_due =
-                (indexing.unflushed || indexing.changed) && indexing.flushed_at + INDEX_FLUSH_INTERVAL <= self.io.now();
+            let flush_due = (indexing.unflushed || indexing.changed)
+                && (indexing.flushed_at + INDEX_FLUSH_INTERVAL <= self.io.now() || self.journal.waits_for_index());
             if indexing.changed || flush_due {
                 indexing.wanted = true;
                 indexing.flush_wanted |= flush_due;
@@ -410,6 +421,10 @@ impl<I: Io, T: 'static> Inner<I, T> {
         let partition = &mut partitions.list[index];
         partition.trim_tail(first_cached, indexed_sequence);
         if self.journal.is_failed() {
+            return;
+        }
+        // What is staged ahead of it must not take its room: without any it would wait in front of everything else.
+        if !self.journal.has_room(self.staging.borrow().bytes() + self.in_flight_bytes.get() + ALIGNMENT as u64) {
             return;
         }
         let Some(trim) = partition.expired(now_ms) else { return };

@@ -476,6 +476,19 @@ impl<I: Io, P: 'static> Journal<I, P> {
         self.wanted.notify();
     }
 
+    /// The disk has no room for a new segment.
+    pub(crate) fn is_full(&self) -> bool {
+        self.state.borrow().full
+    }
+
+    /// Whether the disk is full and a segment could be used again if the index were made durable.
+    pub(crate) fn waits_for_index(&self) -> bool {
+        let state = self.state.borrow();
+        let state = &*state;
+        let unused = |s: &Segment<I::File>| s.role == Role::Sealed && s.live_bytes == 0;
+        state.full && state.segments.iter().flatten().any(|s| unused(s) && !state.is_forgotten(s))
+    }
+
     /// Whether the disk is full and a segment could be used again if there were a later checkpoint.
     pub(crate) fn waits_for_checkpoint(&self) -> bool {
         let state = self.state.borrow();

@@ -27,6 +27,11 @@ use crate::segment;
 use crate::stage::{NewStaged, Staging};
 use crate::state::{KEY_BYTES_MAX, RowChange, StateBatch, VALUE_BYTES_MAX};
 
+/// On a full disk this part of a segment is left to rows of state.
+const ROWS_PART: u64 = 16;
+/// And this much to trims, deletions and the end of a checkpoint.
+const LAST_PAGES: u64 = 16;
+
 /// How a shard stores. Sizes in bytes.
 #[derive(Clone, Debug)]
 pub struct StoreConfig {
@@ -475,8 +480,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         let mut staging = inner.staging.borrow_mut();
         // Rows and the next checkpoint, which a full disk needs most, keep the last of the room.
         let ahead_bytes = staging.bytes() + inner.in_flight_bytes.get() + entry_bytes;
-        let checkpoint_bytes = inner.checkpoints.borrow().bytes;
-        if !inner.journal.has_room(ahead_bytes + checkpoint_bytes + inner.config.block_bytes_max as u64) {
+        if !inner.journal.has_room(ahead_bytes + inner.rows_room() + inner.config.block_bytes_max as u64) {
             return Err((AppendError::Full, token));
         }
         let body_bytes = padded(entry.bytes.len()) as u64;
@@ -519,7 +523,8 @@ impl<I: Io, T: 'static> Store<I, T> {
         };
         let mut partitions = inner.partitions.borrow_mut();
         let partition = &mut partitions.list[slot.0 as usize];
-        inner.check_rows(partition, change.encoded_bytes())?;
+        // The very last of the room is for what gives some back: trims, deletions and a checkpoint.
+        inner.check_rows(partition, change.encoded_bytes() as u64 + inner.checkpoint_room())?;
         let mut staging = inner.staging.borrow_mut();
         let group = staging.row(partition.partition, slot.0, change, &mut partition.state_chain);
         group.tokens.extend(token);
@@ -697,7 +702,7 @@ impl<I: Io, T: 'static> Store<I, T> {
             let mut partitions = inner.partitions.borrow_mut();
             let partitions = &mut *partitions;
             let partition = &mut partitions.list[slot.0 as usize];
-            inner.check_rows(partition, RowChange::Drop.encoded_bytes())?;
+            inner.check_rows(partition, RowChange::Drop.encoded_bytes() as u64)?;
             partition.deleted = true;
             partitions.by_id.remove(&partition.partition);
             let mut staging = inner.staging.borrow_mut();
@@ -766,17 +771,27 @@ impl<I: Io, T: 'static> Inner<I, T> {
         segment_bytes.min((block::BLOCK_BYTES_MAX - 2 * ALIGNMENT) as u64)
     }
 
-    fn check_rows(&self, partition: &ManagedLedger, bytes: usize) -> Result<(), AppendError> {
+    fn check_rows(&self, partition: &ManagedLedger, bytes: u64) -> Result<(), AppendError> {
         if partition.deleted {
             return Err(AppendError::Deleted);
         }
         if self.journal.is_failed() || self.stopped.get() {
             return Err(AppendError::ReadOnly);
         }
-        let ahead_bytes = self.staging.borrow().bytes() + self.in_flight_bytes.get() + bytes as u64;
+        let ahead_bytes = self.staging.borrow().bytes() + self.in_flight_bytes.get() + bytes;
         if !self.journal.has_room(ahead_bytes + 2 * ALIGNMENT as u64) {
             return Err(AppendError::Full);
         }
         Ok(())
+    }
+
+    /// What rows of state, trims and a checkpoint may still take when a full disk has no place for entries. A block of
+    /// rows is small and takes a whole page, so this is for hundreds of flushes.
+    fn rows_room(&self) -> u64 {
+        self.checkpoint_room() + self.config.segment_bytes / ROWS_PART
+    }
+
+    fn checkpoint_room(&self) -> u64 {
+        self.checkpoints.borrow().bytes + LAST_PAGES * ALIGNMENT as u64
     }
 }
