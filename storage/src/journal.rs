@@ -181,6 +181,8 @@ struct State<I: Io, P> {
     vouched_sequence: u64,
     /// The last block that holds nothing.
     mark_sequence: u64,
+    /// Segments of this generation and later ones hold the last whole checkpoint and what came after it.
+    checkpoint_generation: u64,
 }
 
 /// The blocks that the segment which takes over will cut off.
@@ -244,6 +246,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 rolls: 0,
                 vouched_sequence: 0,
                 mark_sequence: 0,
+                checkpoint_generation: u64::MAX,
             }),
             woken,
             wanted: Notify::default(),
@@ -492,6 +495,33 @@ impl<I: Io, P: 'static> Journal<I, P> {
         state.covered_sequence = state.covered_sequence.max(sequence);
         drop(state);
         self.wanted.notify();
+    }
+
+    /// The last whole checkpoint starts in the segment of this generation: dead segments before it may be used again.
+    /// Without a call, nothing is kept for the sake of checkpoints.
+    pub(crate) fn set_checkpoint(&self, generation: u64) {
+        self.state.borrow_mut().checkpoint_generation = generation;
+        self.wanted.notify();
+    }
+
+    /// The disk has no room for a new segment.
+    pub(crate) fn is_full(&self) -> bool {
+        self.state.borrow().full
+    }
+
+    /// Whether the disk is full and a segment could be used again if the index were made durable.
+    pub(crate) fn waits_for_index(&self) -> bool {
+        let state = self.state.borrow();
+        let state = &*state;
+        let unused = |s: &Segment<I::File>| s.role == Role::Sealed && s.live_bytes == 0;
+        state.full && state.segments.iter().flatten().any(|s| unused(s) && !state.is_forgotten(s))
+    }
+
+    /// Whether the disk is full and a segment could be used again if there were a later checkpoint.
+    pub(crate) fn waits_for_checkpoint(&self) -> bool {
+        let state = self.state.borrow();
+        let state = &*state;
+        state.full && state.segments.iter().flatten().any(|s| state.is_forgotten(s) && !state.is_dead(s))
     }
 
     pub(crate) fn add_live(&self, segment: SegmentId, bytes: u64) {
@@ -797,8 +827,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
         });
         let kept = if self.is_quiet() { DEAD_KEPT } else { DEAD_KEPT_BUSY };
         let many = self.config.segments_spare + kept < state.segments.iter().filter(dead).count();
-        let suspect =
-            state.segments.iter().position(|s| s.as_ref().is_some_and(|s| state.is_dead(s) && s.suspect));
+        let suspect = state.segments.iter().position(|s| s.as_ref().is_some_and(|s| state.is_dead(s) && s.suspect));
         let found = suspect.or(odd).or_else(|| state.segments.iter().rposition(|s| dead(&s)).filter(|_| many));
         found.map(|index| SegmentId(index as u32))
     }
@@ -839,9 +868,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
             let mut state = self.state.borrow_mut();
             let state = &mut *state;
             let dead = state.segments.iter().position(|segment| {
-                segment.as_ref().is_some_and(|s| {
-                    state.is_dead(s) && s.bytes == self.config.segment_bytes && !s.suspect
-                })
+                segment.as_ref().is_some_and(|s| state.is_dead(s) && s.bytes == self.config.segment_bytes && !s.suspect)
             });
             let spare = || {
                 let spare = |s: &Segment<I::File>| s.role == Role::Spare && s.bytes == self.config.segment_bytes;
@@ -1021,6 +1048,13 @@ impl<I: Io, P> State<I, P> {
     }
 
     fn is_dead(&self, segment: &Segment<I::File>) -> bool {
+        // Only the journal's own blocks repeat rows and change them.
+        let needed = segment.kind == SegmentKind::Journal && self.checkpoint_generation <= segment.generation;
+        self.is_forgotten(segment) && !needed
+    }
+
+    /// Nothing in it is live or will be replayed.
+    fn is_forgotten(&self, segment: &Segment<I::File>) -> bool {
         segment.role == Role::Sealed
             && segment.live_bytes == 0
             && segment.last_sequence <= self.covered_sequence
