@@ -126,10 +126,11 @@ impl Partition {
     /// Where retention may go to: nowhere without limits, and no further than the lowest cursor.
     fn start_max(&self) -> u64 {
         let limits = &self.limits;
-        if limits.retention_age.is_none() && limits.retention_bytes.is_none() && !limits.trim_consumed {
-            return 0;
-        }
-        self.floor.unwrap_or(u64::MAX).min(self.promised_end())
+        let kept = limits.retention_age.is_none() && limits.retention_bytes.is_none() && !limits.trim_consumed;
+        let start_max = if kept { 0 } else { self.floor.unwrap_or(u64::MAX).min(self.promised_end()) };
+        // Damage may take the first of what is kept.
+        let rest = self.entries.iter().filter(|entry| start_max <= entry.base_offset);
+        rest.take_while(|entry| entry.damaged).last().map_or(start_max, Entry::next_offset)
     }
 
     fn saw_start(&mut self, id: PartitionId, start: u64) {

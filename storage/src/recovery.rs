@@ -45,6 +45,12 @@ pub(crate) async fn survey<I: Io>(
     known: &dyn Fn(SegmentId) -> Option<(u64, SegmentKind)>,
 ) -> Result<Vec<Option<Segment<I::File>>>, OpenError> {
     io.create_dir(dir).await.map_err(open_error(format!("make {}", dir.display())))?;
+    // A process that died may have made a name here and not made it durable; what is written under it now must not go
+    // with the name.
+    let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
+    for dir in [Some(dir), parent].into_iter().flatten() {
+        io.sync_dir(dir).await.map_err(open_error(format!("sync {}", dir.display())))?;
+    }
     let files = io.list(dir).await.map_err(open_error(format!("list {}", dir.display())))?;
     let mut found: Vec<(SegmentId, u64)> =
         files.iter().filter_map(|(path, bytes)| Some((segment::parse_name(path)?, *bytes))).collect();
@@ -284,7 +290,7 @@ pub(crate) async fn replay<I: Io>(
                 "a part of the journal is damaged; it is skipped"
             );
             let lost_bytes = (end_position - position).min(LOST_BYTES_MAX) as usize;
-            let sequences = chain.sequence.unwrap_or(later.sequence)..later.sequence;
+            let sequences = chain.sequence.unwrap_or(1)..later.sequence;
             if !sequences.is_empty() {
                 lost_extents(reader.at(position, lost_bytes).await?, &sequences, visitor);
             }
@@ -384,9 +390,8 @@ async fn find_later<I: Io>(
     chain: &Chain,
     reader: &mut Reader<I::File>,
 ) -> Result<Option<Later>, OpenError> {
-    let Some(expected) = chain.sequence else {
-        return Ok(None);
-    };
+    // Without an index, what is missing is at the very start.
+    let expected = chain.sequence.unwrap_or(1);
     let shard = reader.shard;
     let mut first = None;
     let mut block = Parsed::default();
