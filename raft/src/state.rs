@@ -127,6 +127,9 @@ impl State {
         if policy.ack_quorum == 0 || policy.replicas < policy.ack_quorum {
             return Err(Rejected::AckQuorum { ack_quorum: policy.ack_quorum, replicas: policy.replicas });
         }
+        if !policy.cache.is_valid() {
+            return Err(Rejected::CachePolicy(policy.cache.number()));
+        }
         Ok(())
     }
 
@@ -325,6 +328,8 @@ fn from_stored(stored: StoredState) -> Result<State, StateError> {
 
 #[cfg(test)]
 mod tests {
+    use drava_protocol::message::CachePolicy;
+
     use super::*;
 
     fn name(text: &str) -> TopicName {
@@ -435,6 +440,11 @@ mod tests {
             policy: TopicPolicy { partitions, replicas, ack_quorum, ..TopicPolicy::default() },
             created_ms: 0,
         };
+        let cached = |number| Command::CreateTopic {
+            name: name("b"),
+            policy: TopicPolicy { cache: CachePolicy::from_number(number), ..TopicPolicy::default() },
+            created_ms: 0,
+        };
         let expected = [
             (create("a", 1), Rejected::TopicExists(name("a"))),
             (policy(0, 1, 1), Rejected::PartitionCount(0)),
@@ -443,6 +453,7 @@ mod tests {
             (policy(1, 2, 1), Rejected::Replicas { replicas: 2, nodes: 1 }),
             (policy(1, 1, 0), Rejected::AckQuorum { ack_quorum: 0, replicas: 1 }),
             (policy(1, 1, 2), Rejected::AckQuorum { ack_quorum: 2, replicas: 1 }),
+            (cached(u64::MAX), Rejected::CachePolicy(u64::MAX)),
             (delete("b"), Rejected::UnknownTopic(name("b"))),
             (
                 Command::DeleteTopic { name: name("a"), expected: Some(9) },

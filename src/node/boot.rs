@@ -271,6 +271,12 @@ fn store_config(config: &NodeConfig, data_dir: &DataDir, shard: ShardId) -> Stor
         index_flush_bytes: storage.index_flush_bytes,
         disk_reserve_bytes: storage.disk_reserve_bytes,
         verify_reads: storage.verify_reads,
+        memory_bytes: storage.memory_bytes(),
+        scrub_bytes_per_s: storage.scrub_bytes_per_s,
+        scrub_interval: storage.scrub_interval(),
+        compaction_bytes_per_s: storage.compaction_bytes_per_s,
+        compaction_garbage_percent: storage.compaction_garbage_percent,
+        compaction_fragment_bytes: storage.compaction_fragment_bytes,
         ..StoreConfig::default()
     }
 }

@@ -159,6 +159,7 @@ async fn obey(shard: Rc<Shard>, mut commands: Inbox<ShardCommand>, listen: Liste
                 done.send(());
             }
             ShardCommand::Stats { reply } => reply.send(shard.stats()),
+            ShardCommand::Damage { reply } => reply.send(shard.store.damage()),
             ShardCommand::DescribePartition { partition, reply } => {
                 let index = shard.by_id.borrow().get(&partition.0).copied();
                 reply.send(index.map(|index| shard.partition_state(index)));
@@ -258,7 +259,7 @@ impl Shard {
         let limits = PartitionLimits {
             retention_age: (policy.retention_ms != 0).then(|| Duration::from_millis(policy.retention_ms)),
             retention_bytes: (policy.retention_bytes != 0).then_some(policy.retention_bytes),
-            cache_bytes: (policy.cache_bytes != 0).then_some(policy.cache_bytes),
+            cache_bytes: policy.cache.limit_bytes(self.store.config().cache_bytes),
             trim_consumed: false,
         };
         let index = self.by_id.borrow().get(&id.0).copied();
@@ -377,6 +378,7 @@ impl Shard {
             ticker_latest: ticker.latest,
             store,
             read_only: self.read_only.get() || store.read_only,
+            receive_bytes: self.chunks.bytes_lent() as u64,
         }
     }
 }

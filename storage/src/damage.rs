@@ -29,6 +29,7 @@ pub enum FoundBy {
     Recovery = 1,
     Read = 2,
     Scrub = 3,
+    Compaction = 4,
 }
 
 impl FoundBy {
@@ -37,11 +38,13 @@ impl FoundBy {
             FoundBy::Recovery => "recovery",
             FoundBy::Read => "read",
             FoundBy::Scrub => "scrub",
+            FoundBy::Compaction => "compaction",
         }
     }
 
     fn from_number(number: u8) -> Option<FoundBy> {
-        [FoundBy::Recovery, FoundBy::Read, FoundBy::Scrub].into_iter().find(|found_by| *found_by as u8 == number)
+        let all = [FoundBy::Recovery, FoundBy::Read, FoundBy::Scrub, FoundBy::Compaction];
+        all.into_iter().find(|found_by| *found_by as u8 == number)
     }
 }
 

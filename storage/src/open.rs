@@ -11,26 +11,25 @@ use drava_runtime::local::{Broadcast, Notify};
 use crate::backlog::Backlog;
 use crate::block::{ExtentHeader, ExtentKind};
 use crate::cache::BlockCache;
+use crate::compact::Compactor;
 use crate::damage::Registry;
 use crate::flush::Indexing;
-use crate::index::{Covered, ExtentRow, Index, IndexBatch, IndexThread};
+use crate::index::{Covered, ExtentRow, Index, IndexBatch, IndexThread, SegmentRow};
 use crate::io::{ALIGNMENT, Io};
 use crate::journal::{Journal, JournalConfig, JournalEnd};
 use crate::ledger::{Ledgers, RollPolicy, Writer};
 use crate::managed_ledger::ManagedLedger;
+use crate::memory::Memory;
 use crate::pool::BufferPool;
 use crate::recovery::{self, Visited, Visitor, open_error};
 use crate::scrub::Scrub;
-use crate::segment::{self, SegmentId, SegmentKind};
+use crate::segment::{self, SegmentId};
 use crate::stage::Staging;
 use crate::state::RowChange;
 use crate::store::{
     Inner, OpenError, PartitionLimits, Partitions, Recovered, RecoveredPartition, ReplayedBatch, StoreConfig,
     StoreFigures,
 };
-
-/// Free buffers kept, beyond those that the cache holds: a few of the largest.
-const POOL_FREE_BYTES_MAX: usize = 32 << 20;
 
 /// What replay makes of the blocks.
 struct Replay {
@@ -52,11 +51,11 @@ pub(crate) async fn open<I: Io, T: 'static>(
     let index = IndexThread::start(&io, index)?;
     let loaded = index.load().await?;
     let known = |id: SegmentId| {
-        let found = loaded.segments.iter().find(|(segment, _, live)| *segment == id && 0 < *live);
-        found.map(|(_, generation, _)| (*generation, SegmentKind::Journal))
+        let found = loaded.segments.iter().find(|(segment, row)| *segment == id && 0 < row.live_bytes);
+        found.map(|(_, row)| (row.generation, row.kind))
     };
     let mut segments = recovery::survey(&io, &config.dir, config.shard, &known).await?;
-    for &(id, generation, live_bytes) in &loaded.segments {
+    for &(id, SegmentRow { generation, live_bytes, .. }) in &loaded.segments {
         match segments.get_mut(id.0 as usize).and_then(Option::as_mut) {
             Some(segment) if segment.generation == generation => segment.live_bytes = live_bytes,
             _ if live_bytes == 0 => {}
@@ -141,8 +140,11 @@ pub(crate) async fn open<I: Io, T: 'static>(
     if !journal.has_segment() {
         journal.prepare().await.map_err(open_error("make the first journal segment"))?;
     }
+    let memory = Rc::new(Memory::new(config.memory_bytes));
     for partition in &mut partitions.list {
         partition.trim_tail(end.next_sequence, indexed_sequence);
+        partition.shrink();
+        partition.count_memory(&memory);
     }
 
     let damage = Registry::load(loaded.damage);
@@ -171,7 +173,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
         index_rebuilt: rebuilt,
     };
     let inner = Inner {
-        pool: Rc::new(BufferPool::new(io.clone(), POOL_FREE_BYTES_MAX)),
+        pool: Rc::new(BufferPool::new(io.clone(), memory.buffers_bytes_max() as usize, memory.clone())),
         staging: RefCell::new(Staging::new(config.block_bytes_max)),
         partitions: RefCell::new(partitions),
         cache: RefCell::new(BlockCache::new(end.next_sequence, config.cache_bytes)),
@@ -198,8 +200,12 @@ pub(crate) async fn open<I: Io, T: 'static>(
         progress: Broadcast::default(),
         stopped: Cell::new(false),
         sink: RefCell::new(None),
+        compactor: Compactor::new(config.compaction_bytes_per_s),
+        memory,
         damage: RefCell::new(damage),
         scrub: RefCell::new(scrub),
+        unvouched: Notify::default(),
+        mark_wanted: Cell::new(false),
         journal,
         index,
         config,
@@ -217,7 +223,11 @@ fn validate(config: &StoreConfig) -> Result<(), OpenError> {
         2 * config.block_bytes_max as u64 + segment::HEADER_BYTES <= config.segment_bytes,
         "segment_bytes holds at least two blocks of block_bytes_max",
     )?;
-    check(0 < config.flushes_in_flight_max, "flushes_in_flight_max is at least 1")
+    check(config.compaction_garbage_percent <= 100, "compaction_garbage_percent is at most 100")?;
+    check(0 < config.flushes_in_flight_max, "flushes_in_flight_max is at least 1")?;
+    // Half is for readers, a quarter for blocks in flight; the cache has what is left.
+    let writing_bytes = config.flushes_in_flight_max as u64 * config.block_bytes_max as u64;
+    check(4 * writing_bytes <= config.memory_bytes, "memory_bytes is at least 4 times all blocks that may be in flight")
 }
 
 impl Visitor for Replay {

@@ -6,6 +6,7 @@
 //! same atomic write, so that what is on disk after a crash says itself from where to replay. Source:
 //! `storage/README.md`, "Index".
 
+mod compact;
 pub mod kv;
 pub mod model;
 mod rocks;
@@ -19,11 +20,14 @@ use drava_runtime::foreign::{Inbox, InboxSender, Reply, ReplySender, inbox, repl
 
 pub use self::rocks::IndexDb;
 
+pub(crate) use self::compact::{ExtentKey, Move, MoveBatch};
+
+use self::compact::{Moved, Scanned};
 use self::kv::{Kv, KvBatch};
 use crate::damage::DamageRow;
 use crate::io::Io;
 use crate::journal::JournalEnd;
-use crate::segment::SegmentId;
+use crate::segment::{SegmentId, SegmentKind};
 
 const TABLE_COVERED: u8 = b'c';
 const TABLE_EXTENT: u8 = b'e';
@@ -113,6 +117,15 @@ pub(crate) struct PartitionRow {
     pub(crate) last_ledger: u32,
 }
 
+/// One use of a segment, as the family knows it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SegmentRow {
+    pub(crate) generation: u64,
+    /// Bytes of indexed extents in it.
+    pub(crate) live_bytes: u64,
+    pub(crate) kind: SegmentKind,
+}
+
 /// How far the family reaches into the journal.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Covered {
@@ -161,8 +174,7 @@ pub(crate) struct Applied {
 pub(crate) struct Loaded {
     pub(crate) covered: Option<Covered>,
     pub(crate) partitions: BTreeMap<PartitionId, LoadedPartition>,
-    /// Segment, generation, live bytes.
-    pub(crate) segments: Vec<(SegmentId, u64, u64)>,
+    pub(crate) segments: Vec<(SegmentId, SegmentRow)>,
     /// Rows of the damage registry, by number.
     pub(crate) damage: Vec<(u64, Vec<u8>)>,
     /// How far the scrubber had come.
@@ -193,6 +205,12 @@ enum Request {
         time_ms: u64,
         reply: ReplySender<Result<Option<ExtentRow>, IndexError>>,
     },
+    Scan {
+        from: ExtentKey,
+        segments: Option<Vec<SegmentId>>,
+        reply: ReplySender<Result<Scanned, IndexError>>,
+    },
+    Move(Box<MoveBatch>, ReplySender<Result<Moved, IndexError>>),
 }
 
 /// The shard's side of the index. The worker ends when this is dropped and its work is done.
@@ -246,7 +264,7 @@ impl IndexWorker {
 impl IndexThread {
     pub(crate) fn start(io: &impl Io, index: Index) -> Result<IndexThread, IndexError> {
         let (requests, inbox) = inbox();
-        let family = Family { name: index.name, kv: index.kv, live: BTreeMap::new() };
+        let family = Family { name: index.name, kv: index.kv, segments: BTreeMap::new() };
         let worker = IndexWorker { family, requests: inbox, stopped: None };
         io.start_index(worker).map_err(|error| IndexError::Thread(error.to_string()))?;
         Ok(IndexThread { requests })
@@ -305,8 +323,8 @@ impl IndexThread {
 struct Family {
     name: String,
     kv: Box<dyn Kv>,
-    /// Generation and live bytes of each segment, as in the family.
-    live: BTreeMap<SegmentId, (u64, u64)>,
+    /// As in the family.
+    segments: BTreeMap<SegmentId, SegmentRow>,
 }
 
 impl Family {
@@ -321,6 +339,8 @@ impl Family {
             Request::Since { partition, start_offset, end_offset, time_ms, reply } => {
                 reply.send(self.since(partition, start_offset, end_offset, time_ms));
             }
+            Request::Scan { from, segments, reply } => reply.send(self.scan_extents(from, segments.as_deref())),
+            Request::Move(batch, reply) => reply.send(self.move_extents(&batch)),
         }
     }
 
@@ -337,7 +357,7 @@ impl Family {
             loaded = Ok(Loaded::default());
         }
         let loaded = loaded?;
-        self.live = loaded.segments.iter().map(|&(segment, generation, live)| (segment, (generation, live))).collect();
+        self.segments = loaded.segments.iter().copied().collect();
         Ok(loaded)
     }
 
@@ -374,13 +394,13 @@ impl Family {
     fn apply(&mut self, changes: &IndexBatch) -> Result<Applied, IndexError> {
         let mut batch = KvBatch::default();
         let mut applied = Applied::default();
-        let mut touched: BTreeMap<SegmentId, (u64, i64)> = BTreeMap::new();
+        let mut touched = Touched::default();
         for &(segment, generation) in &changes.generations {
-            touched.insert(segment, (generation, 0));
+            touched.used.push((segment, generation, SegmentKind::Journal));
         }
         for (partition, row) in &changes.extents {
             batch.put(extent_key(*partition, row.first_offset), row.encode());
-            touched.entry(row.segment).or_default().1 += row.body_bytes as i64;
+            touched.add(row);
         }
         for (ledger, row) in &changes.ledgers {
             batch.put(ledger_key(*ledger), row.encode());
@@ -423,22 +443,8 @@ impl Family {
                 batch.delete_range(from.to_vec(), to);
             }
         }
-        let mut rows = Vec::with_capacity(touched.len());
-        for (segment, (generation, change)) in touched {
-            let mut row = self.live.get(&segment).copied().unwrap_or_default();
-            if generation != 0 && generation != row.0 {
-                // The segment is used again: what was live in it before was let go first.
-                row = (generation, 0);
-            }
-            row.1 = row.1.checked_add_signed(change).unwrap_or(0);
-            let mut value = Vec::with_capacity(16);
-            value.extend_from_slice(&row.0.to_le_bytes());
-            value.extend_from_slice(&row.1.to_le_bytes());
-            let mut key = vec![TABLE_SEGMENT];
-            key.extend_from_slice(&segment.0.to_be_bytes());
-            batch.put(key, value);
-            rows.push((segment, row));
-        }
+        let rows = self.segment_rows(touched);
+        rows.iter().for_each(|(segment, row)| batch.put(segment_key(*segment), row.encode()));
         for (number, value) in &changes.damage {
             let mut key = vec![TABLE_DAMAGE];
             key.extend_from_slice(&number.to_be_bytes());
@@ -456,8 +462,25 @@ impl Family {
             self.kv.flush()?;
             applied.flushed = true;
         }
-        self.live.extend(rows);
+        self.segments.extend(rows);
         Ok(applied)
+    }
+
+    /// The rows of the segments that a batch touches, as they are after it.
+    fn segment_rows(&self, touched: Touched) -> BTreeMap<SegmentId, SegmentRow> {
+        let known = |segment: SegmentId| self.segments.get(&segment).copied().unwrap_or_default();
+        let mut rows = BTreeMap::new();
+        for (segment, generation, kind) in touched.used {
+            let row = known(segment);
+            // Used again: what was live in it before was let go first.
+            let row = if row.generation == generation { row } else { SegmentRow { generation, live_bytes: 0, kind } };
+            rows.insert(segment, row);
+        }
+        for (segment, change) in touched.live_bytes {
+            let row = rows.entry(segment).or_insert_with(|| known(segment));
+            row.live_bytes = row.live_bytes.checked_add_signed(change).unwrap_or(0);
+        }
+        rows
     }
 
     /// Counts what lies below `start_offset`, in the family and in the batch itself.
@@ -466,12 +489,12 @@ impl Family {
         changes: &IndexBatch,
         partition: PartitionId,
         start_offset: u64,
-        touched: &mut BTreeMap<SegmentId, (u64, i64)>,
+        touched: &mut Touched,
         applied: &mut Applied,
     ) -> Result<(), IndexError> {
         let mut count = |row: &ExtentRow| {
             if row.first_offset < start_offset {
-                touched.entry(row.segment).or_default().1 -= row.body_bytes as i64;
+                touched.remove(row);
                 applied.released.push((row.segment, row.body_bytes as u64));
             }
         };
@@ -525,11 +548,29 @@ impl Family {
     }
 }
 
+/// What a batch does to segments.
+#[derive(Default)]
+struct Touched {
+    /// Segments with the generation and kind of the use that the batch is about.
+    used: Vec<(SegmentId, u64, SegmentKind)>,
+    live_bytes: BTreeMap<SegmentId, i64>,
+}
+
+impl Touched {
+    fn add(&mut self, row: &ExtentRow) {
+        *self.live_bytes.entry(row.segment).or_default() += row.body_bytes as i64;
+    }
+
+    fn remove(&mut self, row: &ExtentRow) {
+        *self.live_bytes.entry(row.segment).or_default() -= row.body_bytes as i64;
+    }
+}
+
 impl Loaded {
     /// Takes one row of a table, its key without the table's byte.
-    fn take(&mut self, table: u8, mut key: &[u8], mut value: &[u8]) -> Result<(), IndexError> {
+    fn take(&mut self, table: u8, mut key: &[u8], value: &[u8]) -> Result<(), IndexError> {
         if table == TABLE_SEGMENT {
-            self.segments.push((SegmentId(be_u32(&mut key)?), le_u64(&mut value)?, le_u64(&mut value)?));
+            self.segments.push((SegmentId(be_u32(&mut key)?), SegmentRow::decode(value)?));
             return Ok(());
         }
         if table == TABLE_DAMAGE {
@@ -563,6 +604,12 @@ fn extent_key(partition: PartitionId, first_offset: u64) -> [u8; 17] {
     let mut key = [0; 17];
     key[..9].copy_from_slice(&partition_key(TABLE_EXTENT, partition));
     key[9..].copy_from_slice(&first_offset.to_be_bytes());
+    key
+}
+
+fn segment_key(segment: SegmentId) -> [u8; 5] {
+    let mut key = [TABLE_SEGMENT; 5];
+    key[1..].copy_from_slice(&segment.0.to_be_bytes());
     key
 }
 
@@ -645,6 +692,27 @@ impl PartitionRow {
     fn decode(mut value: &[u8]) -> Result<PartitionRow, IndexError> {
         let value = &mut value;
         Ok(PartitionRow { start_offset: le_u64(value)?, end_offset: le_u64(value)?, last_ledger: le_u32(value)? })
+    }
+}
+
+impl SegmentRow {
+    fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(17);
+        out.extend_from_slice(&self.generation.to_le_bytes());
+        out.extend_from_slice(&self.live_bytes.to_le_bytes());
+        out.push(self.kind as u8);
+        out
+    }
+
+    fn decode(mut value: &[u8]) -> Result<SegmentRow, IndexError> {
+        let value = &mut value;
+        let (generation, live_bytes) = (le_u64(value)?, le_u64(value)?);
+        let kind = match value.first() {
+            // Written before there were compacted segments.
+            None => SegmentKind::Journal,
+            Some(&byte) => SegmentKind::from_byte(byte).ok_or(IndexError::Row("the kind of a segment is not known"))?,
+        };
+        Ok(SegmentRow { generation, live_bytes, kind })
     }
 }
 
