@@ -49,6 +49,12 @@ pub(crate) async fn survey<I: Io>(
     known: &dyn Fn(SegmentId) -> Option<(u64, SegmentKind)>,
 ) -> Result<Vec<Option<Segment<I::File>>>, OpenError> {
     io.create_dir(dir).await.map_err(open_error(format!("make {}", dir.display())))?;
+    // A process that died may have made a name here and not made it durable; what is written under it now must not go
+    // with the name.
+    let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
+    for dir in [Some(dir), parent].into_iter().flatten() {
+        io.sync_dir(dir).await.map_err(open_error(format!("sync {}", dir.display())))?;
+    }
     let files = io.list(dir).await.map_err(open_error(format!("list {}", dir.display())))?;
     let mut found: Vec<(SegmentId, u64)> =
         files.iter().filter_map(|(path, bytes)| Some((segment::parse_name(path)?, *bytes))).collect();
@@ -321,7 +327,7 @@ pub(crate) async fn replay<I: Io>(
                 (false, true) => later.position + later.block_bytes,
                 (false, false) => later.position,
             };
-            let sequences = chain.sequence.unwrap_or(later.sequence)..later.sequence;
+            let sequences = chain.sequence.unwrap_or(1)..later.sequence;
             let mut places = vec![(at, position, end_position)];
             if jump && segment::HEADER_BYTES < later.position {
                 // What is missing may have been at the start of the other as well.
@@ -563,9 +569,8 @@ async fn find_later<I: Io>(
     chain: &Chain,
     reader: &mut Reader<I::File>,
 ) -> Result<Option<Later>, OpenError> {
-    let Some(expected) = chain.sequence else {
-        return Ok(None);
-    };
+    // Without an index, what is missing is at the very start.
+    let expected = chain.sequence.unwrap_or(1);
     let shard = reader.shard;
     let mut first = None;
     let mut block = Parsed::default();
