@@ -115,6 +115,7 @@ impl Index {
 
 /// Where an extent lies and what it holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(test, derive(Default))]
 pub(crate) struct ExtentRow {
     pub(crate) ledger: u32,
     pub(crate) first_offset: u64,
