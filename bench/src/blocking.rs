@@ -4,9 +4,7 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use drava_client::session::{
-    Answer, Event, Limits, Received, Refusal, Request, RequestError, Session, SessionError,
-};
+use drava_client::session::{Answer, Event, Limits, Received, Refusal, Request, RequestError, Session, SessionError};
 
 /// How long an answer may take. Generous: the node may be recovering, its disk may be frozen.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -101,6 +101,8 @@ pub enum Rejected {
     Replicas { replicas: u8, nodes: usize },
     #[error("the ack quorum is 1 to the number of replicas, {replicas}; {ack_quorum} was asked for")]
     AckQuorum { ack_quorum: u8, replicas: u8 },
+    #[error("the cache policy is number {0}, which means nothing")]
+    CachePolicy(u64),
     #[error("there are {TOPICS_MAX} topics; no more are taken")]
     TooManyTopics,
     #[error("there are {existing} partitions; {asked} more would exceed {PARTITIONS_MAX}")]
@@ -127,6 +129,7 @@ impl Rejected {
             Rejected::PartitionCount(_)
             | Rejected::Replicas { .. }
             | Rejected::AckQuorum { .. }
+            | Rejected::CachePolicy(_)
             | Rejected::TooManyTopics
             | Rejected::TooManyPartitions { .. }
             | Rejected::ShardCount { .. }

@@ -24,7 +24,6 @@ pub struct State {
     /// Changed in place while nobody else holds it, copied when somebody does.
     image: Arc<Image>,
     next_topic: u64,
-    next_partition: u64,
     /// Partitions placed so far, deleted ones included: the next one goes to the next shard after the last.
     placed: u64,
 }
@@ -54,7 +53,7 @@ pub enum StateError {
 impl Default for State {
     fn default() -> Self {
         // 0 is no id, so that a forgotten one is seen.
-        Self { image: Arc::default(), next_topic: 1, next_partition: 1, placed: 0 }
+        Self { image: Arc::new(Image { next_partition: 1, ..Image::default() }), next_topic: 1, placed: 0 }
     }
 }
 
@@ -97,9 +96,9 @@ impl State {
         let image = Arc::make_mut(&mut self.image);
         let mut partitions = Vec::with_capacity(policy.partitions as usize);
         for index in 0..policy.partitions {
-            let id = PartitionId(self.next_partition);
+            let id = PartitionId(image.next_partition);
             let owner = slots[(self.placed % slots.len() as u64) as usize];
-            self.next_partition += 1;
+            image.next_partition += 1;
             self.placed += 1;
             partitions.push(id);
             image.partitions.insert(id, Partition { id, topic: name.clone(), index, owner, term: Term(1) });
@@ -126,6 +125,9 @@ impl State {
         }
         if policy.ack_quorum == 0 || policy.replicas < policy.ack_quorum {
             return Err(Rejected::AckQuorum { ack_quorum: policy.ack_quorum, replicas: policy.replicas });
+        }
+        if !policy.cache.is_valid() {
+            return Err(Rejected::CachePolicy(policy.cache.number()));
         }
         Ok(())
     }
@@ -245,7 +247,7 @@ impl State {
         let stored = StoredState {
             version: self.image.version,
             next_topic: self.next_topic,
-            next_partition: self.next_partition,
+            next_partition: self.image.next_partition,
             placed: self.placed,
             nodes: nodes.collect(),
             topics: topics.collect(),
@@ -270,7 +272,7 @@ impl State {
 
 fn from_stored(stored: StoredState) -> Result<State, StateError> {
     let contradiction = |text: String| StateError::Contradiction(text);
-    let mut image = Image { version: stored.version, ..Image::default() };
+    let mut image = Image { version: stored.version, next_partition: stored.next_partition, ..Image::default() };
     for node in stored.nodes {
         let id = NodeId(node.id);
         let node = Node {
@@ -315,16 +317,13 @@ fn from_stored(stored: StoredState) -> Result<State, StateError> {
             return Err(contradiction(format!("topic {name} is in it twice")));
         }
     }
-    Ok(State {
-        image: Arc::new(image),
-        next_topic: stored.next_topic,
-        next_partition: stored.next_partition,
-        placed: stored.placed,
-    })
+    Ok(State { image: Arc::new(image), next_topic: stored.next_topic, placed: stored.placed })
 }
 
 #[cfg(test)]
 mod tests {
+    use drava_protocol::message::CachePolicy;
+
     use super::*;
 
     fn name(text: &str) -> TopicName {
@@ -435,6 +434,11 @@ mod tests {
             policy: TopicPolicy { partitions, replicas, ack_quorum, ..TopicPolicy::default() },
             created_ms: 0,
         };
+        let cached = |number| Command::CreateTopic {
+            name: name("b"),
+            policy: TopicPolicy { cache: CachePolicy::from_number(number), ..TopicPolicy::default() },
+            created_ms: 0,
+        };
         let expected = [
             (create("a", 1), Rejected::TopicExists(name("a"))),
             (policy(0, 1, 1), Rejected::PartitionCount(0)),
@@ -443,6 +447,7 @@ mod tests {
             (policy(1, 2, 1), Rejected::Replicas { replicas: 2, nodes: 1 }),
             (policy(1, 1, 0), Rejected::AckQuorum { ack_quorum: 0, replicas: 1 }),
             (policy(1, 1, 2), Rejected::AckQuorum { ack_quorum: 2, replicas: 1 }),
+            (cached(u64::MAX), Rejected::CachePolicy(u64::MAX)),
             (delete("b"), Rejected::UnknownTopic(name("b"))),
             (
                 Command::DeleteTopic { name: name("a"), expected: Some(9) },

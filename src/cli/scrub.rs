@@ -70,13 +70,13 @@ impl VerifyCommand {
             let failed = |error: io::Error| Failure::io(&path.display().to_string(), &error);
             let path = path.canonicalize().map_err(failed)?;
             if !self.while_in_use
-                && let Some(dir) = path.ancestors().take(4).find(|dir| data_dir::is_data_dir(dir))
+                && let Some(dir) = path.ancestors().take(4).find(|dir| data_dir::is_made(dir))
             {
                 held.extend(hold(dir)?);
             }
             match segment::parse_name(&path).filter(|_| path.is_file()) {
                 Some(id) => alone.entry(path.parent().unwrap_or(Path::new(".")).to_owned()).or_default().push(id),
-                None if data_dir::is_data_dir(&path) => targets.extend(stores(&path).map_err(failed)?),
+                None if data_dir::is_made(&path) => targets.extend(stores(&path).map_err(failed)?),
                 None => targets.push(Target { bytes: verify::segment_bytes(&path).map_err(failed)?, dir: path, only: None }),
             }
         }

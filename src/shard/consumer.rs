@@ -81,7 +81,7 @@ impl Shard {
                     let located = Located { offset, start_offset: span.start_offset, end_offset: span.end_offset };
                     shard.answer(&responder, correlation, &located);
                 }
-                Err(error) => shard.answer_error(&responder, correlation, read_code(&error), 0, &error.to_string()),
+                Err(error) => shard.answer_error(&responder, correlation, read_code(&error), 0, &read_text(&error)),
             }
         });
     }
@@ -137,7 +137,7 @@ impl Shard {
                         shard.answer_gone(&responder, correlation);
                     }
                 }
-                Err(error) => shard.answer_error(&responder, correlation, read_code(&error), 0, &error.to_string()),
+                Err(error) => shard.answer_error(&responder, correlation, read_code(&error), 0, &read_text(&error)),
             }
             drop(permit);
         });
@@ -217,7 +217,7 @@ impl Shard {
             let start = match shard.offset_of(slot, request.start).await {
                 Ok(start) => start,
                 Err(error) => {
-                    return shard.answer_error(&responder, correlation, read_code(&error), 0, &error.to_string());
+                    return shard.answer_error(&responder, correlation, read_code(&error), 0, &read_text(&error));
                 }
             };
             shard.attach(index, &connection, correlation, &request, start);
@@ -352,7 +352,7 @@ impl Shard {
             let offset = match shard.offset_of(slot, place).await {
                 Ok(offset) => offset,
                 Err(error) => {
-                    return shard.answer_error(&responder, correlation, read_code(&error), 0, &error.to_string());
+                    return shard.answer_error(&responder, correlation, read_code(&error), 0, &read_text(&error));
                 }
             };
             let span = shard.store.span(slot);
@@ -473,11 +473,12 @@ async fn deliver(shard: Rc<Shard>, connection: Rc<Connection>, consumer: Rc<Cons
                     continue;
                 }
                 Err(error) => {
-                    tracing::warn!(%error, subscription = consumer.subscription, "a delivery failed");
+                    let text = read_text(&error);
+                    tracing::warn!(error = text, subscription = consumer.subscription, "a delivery failed");
                     let body = drava_protocol::message::Error {
                         code: read_code(&error) as u16,
                         retry_after_ms: 0,
-                        text: format!("subscription {}: {error}", consumer.subscription),
+                        text: format!("subscription {}: {text}", consumer.subscription),
                     };
                     connection.push(0, &body);
                     break;
@@ -506,6 +507,23 @@ pub fn read_code(error: &ReadError) -> ErrorCode {
         ReadError::Damaged { .. } => ErrorCode::StorageDamaged,
         ReadError::Io { .. } | ReadError::Index(_) => ErrorCode::StorageFailed,
         ReadError::Deleted => ErrorCode::UnknownPartition,
+    }
+}
+
+/// What a client is told in words: without the paths that the operating system and the index name, which are logged.
+fn read_text(error: &ReadError) -> String {
+    match error {
+        ReadError::Io { segment, .. } => {
+            tracing::error!(%error, "a read failed");
+            format!("segment {segment} could not be read")
+        }
+        ReadError::Index(_) => {
+            tracing::error!(%error, "a read failed");
+            "the index could not be read".to_owned()
+        }
+        ReadError::Trimmed { .. } | ReadError::PastEnd { .. } | ReadError::Damaged { .. } | ReadError::Deleted => {
+            error.to_string()
+        }
     }
 }
 

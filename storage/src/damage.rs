@@ -29,6 +29,7 @@ pub enum FoundBy {
     Recovery = 1,
     Read = 2,
     Scrub = 3,
+    Compaction = 4,
 }
 
 impl FoundBy {
@@ -37,11 +38,13 @@ impl FoundBy {
             FoundBy::Recovery => "recovery",
             FoundBy::Read => "read",
             FoundBy::Scrub => "scrub",
+            FoundBy::Compaction => "compaction",
         }
     }
 
     fn from_number(number: u8) -> Option<FoundBy> {
-        [FoundBy::Recovery, FoundBy::Read, FoundBy::Scrub].into_iter().find(|found_by| *found_by as u8 == number)
+        let all = [FoundBy::Recovery, FoundBy::Read, FoundBy::Scrub, FoundBy::Compaction];
+        all.into_iter().find(|found_by| *found_by as u8 == number)
     }
 }
 
@@ -133,19 +136,20 @@ impl Damage {
         out.extend_from_slice(&u64::from(place.segment).to_le_bytes());
         let (partition, offsets) =
             self.messages.as_ref().map_or((0, 0..0), |messages| (messages.partition.0, messages.offsets.clone()));
-        let numbers = [
-            place.generation,
-            place.positions.start,
-            place.positions.end,
-            partition,
-            offsets.start,
-            offsets.end,
-        ];
+        let numbers =
+            [place.generation, place.positions.start, place.positions.end, partition, offsets.start, offsets.end];
         out.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
         out
     }
 
-    fn decode(value: &[u8]) -> Option<Damage> {
+    /// The partition and the row of an entry that goes to another store: there the place says nothing. `None`: nothing is
+    /// left of it without the place.
+    pub(crate) fn without_place(self) -> Option<(PartitionId, Vec<u8>)> {
+        let partition = self.messages.as_ref()?.partition;
+        Some((partition, Damage { place: None, ..self }.encode()))
+    }
+
+    pub(crate) fn decode(value: &[u8]) -> Option<Damage> {
         let (&[version, found_by, flags, ..], numbers) = value.split_first_chunk::<6>()?;
         if version != VERSION || value.len() != VALUE_BYTES {
             return None;
@@ -214,9 +218,7 @@ impl Registry {
         let mut whole = damage;
         let mut number = None;
         // A range that closes a gap joins both of its neighbours; and what it explains needs no entry of its own.
-        while let Some(index) =
-            self.entries.iter().position(|(_, known)| known.joins(&whole) || whole.covers(known))
-        {
+        while let Some(index) = self.entries.iter().position(|(_, known)| known.joins(&whole) || whole.covers(known)) {
             let (taken, known) = self.entries.remove(index);
             if known.messages.is_some() == whole.messages.is_some() {
                 whole.absorb(known);
@@ -242,11 +244,7 @@ impl Registry {
     ///
     /// `kept`: from which offset on a partition keeps its messages; `None`: it is deleted. `in_use`: whether that use of
     /// a segment goes on.
-    pub(crate) fn expire(
-        &mut self,
-        kept: impl Fn(PartitionId) -> Option<u64>,
-        in_use: impl Fn(&DamagedPlace) -> bool,
-    ) {
+    pub(crate) fn expire(&mut self, kept: impl Fn(PartitionId) -> Option<u64>, in_use: impl Fn(&DamagedPlace) -> bool) {
         let changes = &mut self.changes;
         self.entries.retain_mut(|(number, damage)| {
             let gone = damage.place.as_ref().is_some_and(|place| !in_use(place));
@@ -314,7 +312,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         if !self.is_current(partition, row).await {
             return false;
         }
-        let generation = self.journal.generation(row.segment);
+        let generation = self.generation_of(row);
         for offsets in missing {
             let place = generation.map(|generation| DamagedPlace {
                 segment: row.segment.0,
@@ -391,8 +389,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                 let found = partitions.by_id.get(&id).map(|slot| &partitions.list[*slot as usize]);
                 found.filter(|found| !found.deleted).map(|found| found.start_offset)
             };
-            registry
-                .expire(kept, |place| self.journal.generation(SegmentId(place.segment)) == Some(place.generation));
+            registry.expire(kept, |place| self.journal.generation(SegmentId(place.segment)) == Some(place.generation));
         }
         if registry.has_changes() || self.scrub.borrow().has_change() {
             self.indexing.borrow_mut().changed = true;
@@ -435,8 +432,7 @@ mod tests {
         assert_eq!(registry.count(), (3, 30));
         // Between two: they are one from now on.
         assert!(registry.add(damage(place(1, 8192..12288), Some((5, 20..30)))));
-        let expected =
-            [damage(place(1, 4096..16384), Some((5, 10..40))), damage(None, Some((6, 20..30)))];
+        let expected = [damage(place(1, 4096..16384), Some((5, 10..40))), damage(None, Some((6, 20..30)))];
         assert_eq!(registry.list(), expected);
         let mut again = reloaded(&mut registry, &mut rows);
         assert_eq!(again.list(), expected);

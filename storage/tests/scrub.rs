@@ -108,7 +108,10 @@ fn flipped_bytes_in_sealed_segments_are_found_and_named_until_their_messages_go(
         scrubbed(&f).await;
         assert_eq!(messages(&f.store.damage()), expected);
         let place = f.store.damage()[0].place.clone().expect("it is known where");
-        assert_eq!(drava_storage::segment::path(&dir.join("shard"), drava_storage::segment::SegmentId(place.segment)), first.0);
+        assert_eq!(
+            drava_storage::segment::path(&dir.join("shard"), drava_storage::segment::SegmentId(place.segment)),
+            first.0
+        );
         assert!(place.positions.contains(&first.1), "{place:?}");
         let figures = f.store.figures();
         assert_eq!((figures.damaged_ranges, figures.damaged_messages), (2, 4));
@@ -196,7 +199,8 @@ fn a_segment_that_is_gone_and_a_bad_dead_block_are_told_apart() {
     prepare(dir);
     let of_two = batches(dir, 2);
     let (path, ..) = of_two[150].clone();
-    let lost: Vec<_> = of_two.iter().filter(|(found, ..)| *found == path).map(|(_, _, offsets)| offsets.clone()).collect();
+    let lost: Vec<_> =
+        of_two.iter().filter(|(found, ..)| *found == path).map(|(_, _, offsets)| offsets.clone()).collect();
     // Of one partition everything is deleted; its extents lie beside those of the other.
     let dead = batches(dir, 1)[10].clone();
     flip(&dead.0, dead.1 + 500);
@@ -212,7 +216,10 @@ fn a_segment_that_is_gone_and_a_bad_dead_block_are_told_apart() {
         }
         let expected = lost[0].start..lost[lost.len() - 1].end;
         assert_eq!(messages(&f.store.damage()), [(2, expected.clone(), FoundBy::Scrub)]);
-        assert_eq!(f.read_all(slots[1], 0).await.1.iter().map(|range| range.end - range.start).sum::<u64>(), expected.end - expected.start);
+        assert_eq!(
+            f.read_all(slots[1], 0).await.1.iter().map(|range| range.end - range.start).sum::<u64>(),
+            expected.end - expected.start
+        );
         f.store.close().await;
     });
 }

@@ -322,7 +322,7 @@ fn topics_are_created_described_listed_and_deleted() {
     let node = Node::start(config(), FakeNode::new);
     let policy = json!({
         "partitions": 3, "durability": "memory", "retention_ms": 60_000, "retention_bytes": 1_000_000,
-        "cache_bytes": 4096, "replicas": 3, "ack_quorum": 2,
+        "cache": "10%", "replicas": 3, "ack_quorum": 2,
     });
     let created = node.ask("POST", "/v1/topics", &json!({"name": "orders", "policy": policy}).to_string());
     assert_eq!(created.status, 201, "{created:?}");
@@ -366,7 +366,7 @@ fn a_policy_left_out_is_the_default() {
     assert_eq!(
         created.json()["policy"],
         json!({
-            "partitions": 2, "durability": "disk", "retention_ms": 0, "retention_bytes": 0, "cache_bytes": 0,
+            "partitions": 2, "durability": "disk", "retention_ms": 0, "retention_bytes": 0, "cache": "shared",
             "replicas": 1, "ack_quorum": 1,
         })
     );
@@ -450,6 +450,8 @@ fn malformed_bodies_are_refused() {
         r#"{"name":"x","policy":{"retention":1}}"#,
         r#"{"name":"x","policy":{"partitions":-1}}"#,
         r#"{"name":"x","policy":{"durability":"Disk"}}"#,
+        r#"{"name":"x","policy":{"cache":"0%"}}"#,
+        r#"{"name":"x","policy":{"cache":4096}}"#,
         r#"{"name":"x","policy":{"replicas":256}}"#,
         r#"{"name":"x"} trailing"#,
     ];
