@@ -637,6 +637,7 @@ fn metrics_are_open_metrics_with_a_shard_label() {
         "process_resident_memory_bytes ",
         "process_open_fds ",
         "process_cpu_seconds_total ",
+        "drava_control_ticker_ticks_total ",
         "drava_uptime_seconds ",
     ] {
         assert!(answer.body.lines().any(|got| got.starts_with(line)), "no `{line}` in\n{}", answer.body);

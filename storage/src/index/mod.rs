@@ -770,9 +770,11 @@ impl ExtentRow {
 
     fn decode(first_offset: u64, mut value: &[u8]) -> Result<ExtentRow, IndexError> {
         let value = &mut value;
+        let next_offset = le_u64(value)?;
+        in_order(first_offset, next_offset)?;
         Ok(ExtentRow {
             first_offset,
-            next_offset: le_u64(value)?,
+            next_offset,
             ledger: le_u32(value)?,
             segment: SegmentId(le_u32(value)?),
             position: le_u64(value)?,
@@ -802,9 +804,11 @@ impl LedgerRow {
 
     fn decode(mut value: &[u8]) -> Result<LedgerRow, IndexError> {
         let value = &mut value;
+        let (first_offset, next_offset) = (le_u64(value)?, le_u64(value)?);
+        in_order(first_offset, next_offset)?;
         Ok(LedgerRow {
-            first_offset: le_u64(value)?,
-            next_offset: le_u64(value)?,
+            first_offset,
+            next_offset,
             bytes: le_u64(value)?,
             entries: le_u64(value)?,
             first_append_time_ms: le_u64(value)?,
@@ -824,7 +828,9 @@ impl PartitionRow {
 
     fn decode(mut value: &[u8]) -> Result<PartitionRow, IndexError> {
         let value = &mut value;
-        Ok(PartitionRow { start_offset: le_u64(value)?, end_offset: le_u64(value)?, last_ledger: le_u32(value)? })
+        let (start_offset, end_offset) = (le_u64(value)?, le_u64(value)?);
+        in_order(start_offset, end_offset)?;
+        Ok(PartitionRow { start_offset, end_offset, last_ledger: le_u32(value)? })
     }
 }
 
@@ -877,6 +883,10 @@ impl Covered {
         };
         Ok(Covered { end, sealed: sealed != 0 })
     }
+}
+
+fn in_order(start_offset: u64, end_offset: u64) -> Result<(), IndexError> {
+    if start_offset <= end_offset { Ok(()) } else { Err(IndexError::Row("its offsets end before they start")) }
 }
 
 fn take<const N: usize>(bytes: &mut &[u8]) -> Result<[u8; N], IndexError> {
