@@ -82,6 +82,7 @@ impl FakeShard {
                     done.send(());
                 }
                 ShardCommand::Stats { reply } => reply.send(ShardStats { shard: self.id, ..ShardStats::default() }),
+                ShardCommand::Damage { reply } => reply.send(Vec::new()),
                 ShardCommand::DescribePartition { partition, reply } => {
                     let owner = self.image.borrow().partitions.get(&partition).map(|partition| partition.owner);
                     let mine = owner == Some(Owner { node: NodeId(1), shard: ShardId(self.id) });
