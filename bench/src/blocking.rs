@@ -104,7 +104,7 @@ impl<T> Blocking<T> {
                             Some((tag, answer, payload))
                         }
                         Event::Refused(refusal) => return Err(refusal.into()),
-                        Event::Welcome(_) | Event::Deliver { .. } | Event::Ignored => None,
+                        Event::Welcome(_) | Event::Deliver { .. } | Event::Damaged { .. } | Event::Ignored => None,
                     };
                     self.input.drain(..consumed);
                     return Ok(answer);

@@ -153,6 +153,21 @@ impl Producers {
         }
     }
 
+    /// Batches of the producer in `slot` that were in flight will not become durable: their sequences are admitted again.
+    /// They fail together, so what is durable is where the producer stands.
+    pub fn failed(&mut self, slot: ProducerSlot) {
+        let producer = &mut self.slots[slot.index as usize];
+        if producer.generation != slot.generation {
+            return;
+        }
+        let durable_sequence = producer.durable_sequence;
+        producer.next_sequence = durable_sequence;
+        producer.runs.retain_mut(|run| {
+            run.records = run.records.min(durable_sequence.saturating_sub(run.sequence));
+            0 < run.records
+        });
+    }
+
     /// Gives the rows of all producers whose durable state changed since the last call: `put(id, value)`, and
     /// `None` as value for forgotten ones.
     pub fn collect(&mut self, mut put: impl FnMut(u64, Option<Vec<u8>>)) {
@@ -410,6 +425,22 @@ mod tests {
         restored.restore(rows[0].0, &rows[0].1).unwrap();
         assert_eq!(restored.admit(&header(7, 0, 0, 10)), Ok(Admission::Duplicate { base_offset: Some(0) }));
         append(&mut restored, header(7, 0, 10, 10), 10);
+    }
+
+    #[test]
+    fn what_failed_in_flight_is_admitted_again() {
+        let mut producers = Producers::default();
+        let first = append(&mut producers, header(7, 0, 0, 10), 0);
+        append(&mut producers, header(7, 0, 10, 10), 10);
+        let third = append(&mut producers, header(7, 0, 20, 10), 20);
+        producers.durable(first, 10);
+        producers.failed(third);
+        assert_eq!(producers.admit(&header(7, 0, 0, 10)), Ok(Admission::Duplicate { base_offset: Some(0) }));
+        assert!(matches!(producers.admit(&header(7, 0, 20, 10)), Err(AdmitError::Gap { expected: 10, .. })));
+        // The retry gets another offset than the try that failed, and that is the one a repetition is answered with.
+        let again = append(&mut producers, header(7, 0, 10, 10), 40);
+        producers.durable(again, 20);
+        assert_eq!(producers.admit(&header(7, 0, 10, 10)), Ok(Admission::Duplicate { base_offset: Some(40) }));
     }
 
     #[test]

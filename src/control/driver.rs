@@ -25,6 +25,7 @@ use drava_raft::{
 use drava_runtime::executor::mark_active;
 use drava_runtime::foreign::{Inbox, InboxSender, ReplySender};
 use drava_runtime::task::Stop;
+use drava_storage::Damage;
 use futures_lite::future;
 
 use super::handle::{ControlHandle, Readiness};
@@ -277,6 +278,10 @@ impl ControlCore {
 
     pub async fn shard_stats(&self) -> Vec<ShardStats> {
         self.shards.stats().await
+    }
+
+    pub async fn damage(&self) -> Vec<(u16, Vec<Damage>)> {
+        self.shards.damage().await
     }
 
     pub async fn describe_partition(&self, partition: PartitionId) -> Option<PartitionState> {

@@ -6,12 +6,13 @@
 
 use std::cell::Cell;
 use std::future::Future;
+use std::ops::Range;
 use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
 use drava_protocol::ErrorCode;
-use drava_protocol::message::{Deliver, Done, Fetched, Located, Place, Subscribe, Subscribed};
+use drava_protocol::message::{Damaged, Deliver, Done, Fetched, Located, Place, Subscribe, Subscribed};
 use drava_runtime::local::{Broadcast, Notify};
 use drava_runtime::time::Timer;
 use drava_storage::{AppendError, Cached, PartitionSlot, ReadError, Run};
@@ -129,6 +130,13 @@ impl Shard {
             }
             match shard.store.read(slot, fetch.offset, bytes_max, &mut runs).await {
                 Ok(next_offset) => shard.fetched(slot, &responder, correlation, next_offset, &mut runs),
+                Err(ReadError::Damaged { range }) => {
+                    if let Some(damaged) = shard.damaged_message(index, 0, &range) {
+                        shard.answer(&responder, correlation, &damaged);
+                    } else {
+                        shard.answer_gone(&responder, correlation);
+                    }
+                }
                 Err(error) => shard.answer_error(&responder, correlation, read_code(&error), 0, &read_text(&error)),
             }
             drop(permit);
@@ -147,6 +155,13 @@ impl Shard {
         self.count_delivery(runs);
         let fetched = Fetched { next_offset, start_offset: span.start_offset, end_offset: span.end_offset };
         self.answer_with(responder, correlation, &fetched, runs);
+    }
+
+    /// What a client is told of messages that the disk has lost; `None`: the partition was deleted.
+    fn damaged_message(&self, index: u32, consumer: u32, range: &Range<u64>) -> Option<Damaged> {
+        let hosted = self.hosted.borrow();
+        let partition = hosted[index as usize].as_ref()?.partition.id.0;
+        Some(Damaged { partition, consumer, first_offset: range.start, next_offset: range.end })
     }
 
     fn readers(&self, index: u32) -> Option<Rc<Broadcast>> {
@@ -182,7 +197,7 @@ impl Shard {
             if let Some(ended) = &mut ended {
                 ended.enter(cx);
             }
-            std::pin::Pin::new(&mut timer).poll(cx).map(drop)
+            std::pin::Pin::new(&mut timer).poll(cx)
         })
         .await
     }
@@ -444,6 +459,17 @@ async fn deliver(shard: Rc<Shard>, connection: Rc<Connection>, consumer: Rc<Cons
                 Err(ReadError::Trimmed { start_offset, .. }) => {
                     // Retention was faster than the consumer; go on with what is kept.
                     position = start_offset.max(position + 1);
+                    continue;
+                }
+                Err(ReadError::Damaged { range }) => {
+                    // What cannot be read must not keep the consumer from what can; the client is told what it misses.
+                    let Some(damaged) = shard.damaged_message(consumer.partition, consumer.key.consumer, &range) else {
+                        break;
+                    };
+                    if !consumer.closed.get() && consumer.seek.get().is_none() {
+                        position = range.end;
+                        connection.push(0, &damaged);
+                    }
                     continue;
                 }
                 Err(error) => {

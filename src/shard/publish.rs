@@ -254,7 +254,7 @@ impl FlushSink<Token> for Sink {
 
     fn failed(&mut self, tokens: &mut Vec<Token>, error: &FlushError) {
         let Some(shard) = self.0.upgrade() else { return tokens.clear() };
-        if !shard.read_only.replace(true) {
+        if shard.store.is_read_only() && !shard.read_only.replace(true) {
             tracing::error!(shard = %shard.id, %error, "the journal failed: this shard takes no more publishes");
         }
         // Whether these are on disk is unknown: never an ack, and never a "no".
@@ -263,11 +263,16 @@ impl FlushSink<Token> for Sink {
             shard.counters.publish_errors.add(1);
             shard.answer_error(responder, correlation, ErrorCode::StorageFailed, 0, text);
         };
-        for Token { on_durable, .. } in tokens.drain(..) {
+        let mut hosted = shard.hosted.borrow_mut();
+        for Token { partition, on_durable } in tokens.drain(..) {
             match on_durable {
-                OnDurable::Published { responder, correlation, .. } => {
+                OnDurable::Published { responder, correlation, producer, .. } => {
                     if let Some(responder) = responder {
                         fail(&responder, correlation);
+                    }
+                    // The client sends it again, and then it is no duplicate.
+                    if let (Some(hosted), Some((slot, _))) = (hosted[partition as usize].as_mut(), producer) {
+                        hosted.partition.producers.failed(slot);
                     }
                 }
                 OnDurable::ProducerOpened { responder, correlation, .. }
@@ -275,7 +280,7 @@ impl FlushSink<Token> for Sink {
                 | OnDurable::Sought { responder, correlation, .. } => fail(&responder, correlation),
             }
         }
-        for hosted in shard.hosted.borrow_mut().iter_mut().flatten() {
+        for hosted in hosted.iter_mut().flatten() {
             for waiting in std::mem::take(&mut hosted.waiting) {
                 fail(&waiting.responder, waiting.correlation);
             }

@@ -5,17 +5,21 @@
 //! So one writer alone waits for nobody, and many writers share a write without a timer.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
+
+use drava_protocol::PartitionId;
 
 use crate::block::{BlockWriter, ExtentKind};
 use crate::index::{Covered, ExtentRow, IndexBatch};
 use crate::io::{ALIGNMENT, Io};
 use crate::journal::Completed;
 use crate::pool::{self, Block};
-use crate::stage::Group;
+use crate::segment::SegmentId;
+use crate::stage::{Group, StagedExtent};
 use crate::state::{RowChange, StateBatch};
-use crate::store::{FlushError, FlushSink, Inner};
+use crate::store::{FlushError, FlushSink, Inner, Partitions};
 
 /// An index batch goes out when it has this many extents,
 const INDEX_EXTENTS_MIN: usize = 1024;
@@ -25,13 +29,15 @@ const INDEX_BYTES_MIN: u64 = 32 << 20;
 pub(crate) const HOUSEKEEPING: Duration = Duration::from_millis(500);
 /// The index is made durable after this long, if anything changed, so that dead segments can be used again.
 const INDEX_FLUSH_INTERVAL: Duration = Duration::from_secs(10);
+/// What a row takes in a batch, beside the bytes of its key and value.
+const INDEX_ROW_BYTES: u64 = size_of::<(PartitionId, ExtentRow)>() as u64;
 /// Partitions looked at in one round of housekeeping before others may run.
 const HOUSEKEEPING_BITE: usize = 256;
 
 /// A block in flight.
 pub(crate) struct Flushing<I: Io, T> {
-    group: Group<T>,
-    block: Block<I>,
+    pub(crate) group: Group<T>,
+    pub(crate) block: Block<I>,
 }
 
 /// What the next index batch has, and how the last ones went.
@@ -52,6 +58,9 @@ pub(crate) struct Indexing {
     pub(crate) generation: u64,
     pub(crate) wanted: bool,
     pub(crate) flush_wanted: bool,
+    /// Bytes that the index has let go since it was last made durable. Until then a crash brings the rows back that point
+    /// to them, so they keep their segments.
+    pub(crate) released: BTreeMap<SegmentId, u64>,
 }
 
 impl<I: Io, T: 'static> Inner<I, T> {
@@ -61,7 +70,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
             self.woken.notified().await;
             loop {
                 let completed = self.complete(&sink);
-                let started = self.start_flush(&mut row);
+                let started = self.start_flush(&mut row) || self.start_mark();
                 if !completed && !started {
                     break;
                 }
@@ -75,7 +84,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         match self.journal.completed() {
             None => {
                 if let Some(error) = self.journal.failed().filter(|_| !self.staging.borrow().is_empty()) {
-                    self.fail_staged(&error, sink);
+                    self.give_up(&error, None, sink);
                 }
                 false
             }
@@ -92,28 +101,68 @@ impl<I: Io, T: 'static> Inner<I, T> {
                 self.progress.notify_all();
                 true
             }
-            Some(Err((error, mut flushing))) => {
-                tracing::error!(shard = self.config.shard.0, error = %error, "a flush failed; the shard takes no more entries");
-                sink.borrow_mut().failed(&mut flushing.group.tokens, &error);
-                self.fail_staged(&error, sink);
-                self.progress.notify_all();
+            Some(Err((error, flushing))) => {
+                self.give_up(&error, Some(flushing), sink);
                 true
             }
         }
     }
 
-    fn fail_staged(&self, error: &FlushError, sink: &Rc<RefCell<dyn FlushSink<T>>>) {
-        // Blocks in flight come first: their tokens are older.
-        while let Some(Err((error, mut flushing))) = self.journal.completed() {
-            sink.borrow_mut().failed(&mut flushing.group.tokens, &error);
+    /// After a failed write: gives back all that is in flight or staged, takes the partitions back to what is durable,
+    /// and lets the journal roll if it can. Rows of state go on their way again then: the shard has acted on them.
+    fn give_up(&self, error: &FlushError, first: Option<Flushing<I, T>>, sink: &Rc<RefCell<dyn FlushSink<T>>>) {
+        let mut lost: Vec<Group<T>> = first.into_iter().map(|flushing| flushing.group).collect();
+        while let Some(Err((_, flushing))) = self.journal.completed() {
+            lost.push(flushing.group);
         }
-        loop {
-            let group = self.staging.borrow_mut().take_front();
-            let Some(mut group) = group else { break };
-            sink.borrow_mut().failed(&mut group.tokens, error);
-        }
+        lost.extend(std::iter::from_fn(|| self.staging.borrow_mut().take_front()));
         self.in_flight_bytes.set(0);
+        let mut partitions = self.partitions.borrow_mut();
+        for extent in lost.iter().flat_map(|group| &group.extents) {
+            partitions.list[extent.partition_index as usize].roll_back();
+        }
+        let rolls = self.journal.roll();
+        tracing::error!(
+            shard = self.config.shard.0,
+            error = %error,
+            blocks = lost.len(),
+            read_only = !rolls,
+            "a write failed; what was in flight is given up"
+        );
+        let mut tokens = Vec::new();
+        for mut group in lost {
+            tokens.append(&mut group.tokens);
+            if rolls {
+                self.stage_rows_again(&mut group, &mut partitions);
+            }
+        }
+        drop(partitions);
+        if !tokens.is_empty() {
+            sink.borrow_mut().failed(&mut tokens, error);
+            assert!(tokens.is_empty(), "the sink drains its tokens");
+        }
         self.progress.notify_all();
+    }
+
+    fn stage_rows_again(&self, group: &mut Group<T>, partitions: &mut Partitions) {
+        let mut staging = self.staging.borrow_mut();
+        let mut waiters = std::mem::take(&mut group.waiters);
+        for index in 0..group.extents.len() {
+            let StagedExtent { partition_index, ref header, .. } = group.extents[index];
+            if header.kind != ExtentKind::State {
+                continue;
+            }
+            let partition = &mut partitions.list[partition_index as usize];
+            group.take_rows(index, |change| {
+                // Retention decides anew about a trim.
+                if !matches!(change, RowChange::Trim(_)) {
+                    staging.row(partition.partition, partition_index, change, &mut partition.state_chain);
+                }
+            });
+        }
+        if let Some(last) = staging.back() {
+            last.waiters.append(&mut waiters);
+        }
     }
 
     /// Makes the entries of a durable block readable and notes what the index must learn.
@@ -121,11 +170,17 @@ impl<I: Io, T: 'static> Inner<I, T> {
         let Flushing { mut group, block } = completed.payload;
         let placement = completed.placement;
         let sequence = placement.id.sequence;
+        let is_mark = group.extents.is_empty();
         let mut figures = self.figures.get();
-        figures.flushes += 1;
-        figures.flushed_bytes += completed.block_bytes;
-        figures.flush_micros_total += completed.took.as_micros() as u64;
-        self.in_flight_bytes.set(self.in_flight_bytes.get() - group.body_bytes as u64);
+        if !is_mark {
+            figures.flushes += 1;
+            figures.flushed_bytes += completed.block_bytes;
+            figures.flush_micros_total += completed.took.as_micros() as u64;
+            self.unvouched.notify();
+        }
+        if !is_mark {
+            self.in_flight_bytes.set(self.in_flight_bytes.get() - group.body_bytes as u64);
+        }
 
         let mut partitions = self.partitions.borrow_mut();
         let mut indexing = self.indexing.borrow_mut();
@@ -135,8 +190,13 @@ impl<I: Io, T: 'static> Inner<I, T> {
             indexing.generation = placement.id.generation;
             indexing.batch.generations.push((placement.segment, placement.id.generation));
         }
-        let data = group.extents.iter().filter(|extent| extent.header.kind == ExtentKind::Data).count() as u32;
-        cache.insert(sequence, Rc::new(block), data);
+        let wanted = group.extents.iter().filter(|extent| {
+            extent.header.kind == ExtentKind::Data && partitions.list[extent.partition_index as usize].is_cached()
+        });
+        let wanted = wanted.count() as u32;
+        block.written();
+        cache.insert(sequence, Rc::new(block), wanted);
+        let mut index_bytes = 0;
         let mut live_bytes = 0;
         for index in 0..group.extents.len() {
             let extent = &group.extents[index];
@@ -159,16 +219,21 @@ impl<I: Io, T: 'static> Inner<I, T> {
                     entry_count: header.entry_count,
                     max_append_time_ms: header.max_append_time_ms,
                     block_sequence: sequence,
+                    store: None,
                 };
                 partition.extend(row);
                 let first_cached = cache.first_sequence();
                 partition.limit_cache(row.body_bytes as u64, first_cached, |sequence| cache.release(sequence));
                 partition.trim_tail(cache.first_sequence(), indexing.indexed_sequence);
+                partition.count_memory(&self.memory);
                 indexing.batch.extents.push((partition.partition, row));
+                index_bytes += INDEX_ROW_BYTES;
                 live_bytes += row.body_bytes as u64;
                 continue;
             }
             let batch = &mut indexing.batch;
+            index_bytes += group.extents[index].header.body_bytes as u64;
+            index_bytes += group.extents[index].header.entry_count as u64 * INDEX_ROW_BYTES;
             group.take_rows(index, |change| match change {
                 RowChange::Put { key, value } => batch.state.push((partition.partition, key, Some(value))),
                 RowChange::Delete { key } => batch.state.push((partition.partition, key, None)),
@@ -185,8 +250,12 @@ impl<I: Io, T: 'static> Inner<I, T> {
             });
         }
         self.journal.add_live(placement.segment, live_bytes);
+        self.memory.index_waits(index_bytes);
+        drop(cache);
+        self.make_room(self.staging.borrow().memory_bytes(), 0);
         indexing.covered = Covered { end: completed.end, sealed: false };
-        indexing.changed = true;
+        // The index has nothing to learn of a mark.
+        indexing.changed |= !is_mark;
         indexing.bytes += completed.block_bytes;
         indexing.unflushed_bytes += completed.block_bytes;
         if INDEX_EXTENTS_MIN <= indexing.batch.extents.len() || INDEX_BYTES_MIN <= indexing.bytes {
@@ -203,7 +272,13 @@ impl<I: Io, T: 'static> Inner<I, T> {
         let Some(body_bytes) = staging.front_bytes() else { return false };
         let in_flight = self.journal.in_flight();
         let enough = in_flight == 0 || self.config.flush_bytes_min as u64 <= staging.bytes();
-        if !enough || self.config.flushes_in_flight_max <= in_flight {
+        if !enough || self.config.flushes_in_flight_max <= in_flight || self.journal.is_marking() {
+            return false;
+        }
+        if self.memory.index_is_behind() {
+            // What is durable must stay in memory until the index has it. The next batch wakes the flusher.
+            self.indexing.borrow_mut().wanted = true;
+            self.index_woken.notify();
             return false;
         }
         let mut block_bytes = pool::class_bytes(body_bytes);
@@ -218,6 +293,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
             placement = self.journal.place(block_bytes as u64);
         }
         let Some(placement) = placement else { return false };
+        self.make_room(staging.memory_bytes(), block_bytes as u64);
         let mut group = staging.take_front().expect("it was looked at");
         drop(staging);
         self.in_flight_bytes.set(self.in_flight_bytes.get() + group.body_bytes as u64);
@@ -229,6 +305,12 @@ impl<I: Io, T: 'static> Inner<I, T> {
         let block = Block::new(buffer.clone(), self.pool.clone());
         self.journal.write(placement, buffer, crc, Flushing { group, block });
         true
+    }
+
+    /// The cache lets go of what the others need.
+    pub(crate) fn make_room(&self, staged: u64, more: u64) {
+        let mut cache = self.cache.borrow_mut();
+        while self.memory.is_over(staged, more) && cache.evict() {}
     }
 
     /// Sends index batches, one at a time; while the thread is busy the next one gathers.
@@ -291,6 +373,8 @@ impl<I: Io, T: 'static> Inner<I, T> {
             batch.ledgers.dedup_by_key(|(ledger, _)| *ledger);
             batch.covered = Covered { sealed, ..indexing.covered };
             batch.flush = flush;
+            batch.damage = self.damage.borrow_mut().take_changes();
+            batch.scrub = self.scrub.borrow_mut().take_change();
             indexing.wanted = false;
             indexing.flush_wanted = false;
             indexing.changed = false;
@@ -299,19 +383,28 @@ impl<I: Io, T: 'static> Inner<I, T> {
             let unflushed_bytes = std::mem::take(&mut indexing.unflushed_bytes);
             (batch, unflushed_bytes, indexing.covered.end.next_sequence.saturating_sub(1))
         };
+        let sent_bytes = self.memory.index_bytes();
         let applied = self.index.apply(batch).await.map_err(|error| FlushError::Index(error.to_string()))?;
-        for (segment, bytes) in applied.released {
-            self.journal.remove_live(segment, bytes);
-        }
+        self.memory.index_has(sent_bytes);
+        self.woken.notify();
+        self.foreign.release(&applied.released_foreign);
         let mut figures = self.figures.get();
         figures.index_batches += 1;
         self.figures.set(figures);
         let mut indexing = self.indexing.borrow_mut();
         indexing.indexed_sequence = indexing.indexed_sequence.max(covered_sequence);
+        for (segment, bytes) in applied.released {
+            *indexing.released.entry(segment).or_default() += bytes;
+        }
         if applied.flushed {
             indexing.flushed_at = self.io.now();
             indexing.unflushed = false;
+            let released = std::mem::take(&mut indexing.released);
             drop(indexing);
+            for (segment, bytes) in released {
+                self.journal.remove_live(segment, bytes);
+            }
+            self.foreign.flushed();
             self.journal.set_covered(covered_sequence);
         } else {
             indexing.unflushed_bytes += unflushed_bytes;
@@ -339,6 +432,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                 self.io.yield_if_needed().await;
             }
             self.backlog.expire(self.io.now());
+            self.tidy_damage();
             let mut indexing = self.indexing.borrow_mut();
             let flush_due =
                 (indexing.unflushed || indexing.changed) && indexing.flushed_at + INDEX_FLUSH_INTERVAL <= self.io.now();
@@ -350,12 +444,15 @@ impl<I: Io, T: 'static> Inner<I, T> {
         }
     }
 
-    fn tidy(&self, index: usize, now_ms: u64) {
+    pub(crate) fn tidy(&self, index: usize, now_ms: u64) {
         let indexed_sequence = self.indexing.borrow().indexed_sequence;
         let first_cached = self.cache.borrow().first_sequence();
         let mut partitions = self.partitions.borrow_mut();
         let partition = &mut partitions.list[index];
         partition.trim_tail(first_cached, indexed_sequence);
+        partition.shrink();
+        partition.stretch_roll();
+        partition.count_memory(&self.memory);
         if self.journal.is_failed() {
             return;
         }

@@ -8,6 +8,9 @@
 //!   range is skipped, reported, and never written over while the segment lives.
 //! - A bad block that no later one calls durable was never acknowledged: the journal goes on in its place. Blocks that
 //!   were in flight behind it cannot come back, because they do not chain to what is written there.
+//!
+//! After a failed write the journal went on in another segment, whose header cuts off what was in flight: such blocks
+//! are as good as not there, whole or not, and the chain goes on in that segment.
 
 use std::path::Path;
 use std::rc::Rc;
@@ -18,7 +21,7 @@ use crate::block::{self, BlockHeader, EXTENT_HEADER_BYTES, ExtentHeader, ExtentK
 use crate::index::Covered;
 use crate::io::{ALIGNMENT, File, Io};
 use crate::journal::{JournalEnd, Role, Segment};
-use crate::segment::{self, SegmentError, SegmentId, SegmentKind};
+use crate::segment::{self, SegmentError, SegmentHeader, SegmentId, SegmentKind};
 use crate::store::{DamagedRange, OpenError, TornTail};
 
 const CHUNK_BYTES: usize = 1 << 20;
@@ -63,7 +66,8 @@ pub(crate) async fn survey<I: Io>(
                     }
                     let file = io.open(&path).await.map_err(open_error(format!("open {}", path.display())))?;
                     let head = file.read_at(0, ALIGNMENT).await;
-                    let (generation, kind) = match head.as_ref().map(|head| segment::decode(head)) {
+                    let cuts = head.as_ref().ok().map(|head| segment::decode_cuts(head));
+                    let (generation, kind) = match head.map(|head| segment::decode(&head)) {
                         Ok(Ok(None)) => (0, SegmentKind::Journal),
                         Ok(Ok(Some(header))) if header.shard == shard && header.segment == id => {
                             (header.generation, header.kind)
@@ -79,10 +83,19 @@ pub(crate) async fn survey<I: Io>(
                             tracing::error!(path = %path.display(), error = %error, "a segment header is unusable");
                             known(id).unwrap_or_default()
                         }
+                        // It may hold what was acknowledged. Whoever cannot read it must not take it for empty.
                         Err(error) => {
-                            tracing::error!(path = %path.display(), error = %error, "a segment header is unreadable");
-                            known(id).unwrap_or_default()
+                            let what = format!("read the header of {}", path.display());
+                            known(id).ok_or(OpenError::Io { what, source: error })?
                         }
+                    };
+                    let cuts = match cuts {
+                        Some(Ok(cuts)) if 0 < generation => cuts,
+                        Some(Err(error)) if 0 < generation => {
+                            tracing::error!(path = %path.display(), error = %error, "the cuts of a segment are unusable");
+                            Vec::new()
+                        }
+                        Some(_) | None => Vec::new(),
                     };
                     let role = if generation == 0 { Role::Spare } else { Role::Sealed };
                     // Closed again: there may be more segments than a process may have open.
@@ -97,6 +110,8 @@ pub(crate) async fn survey<I: Io>(
                         filled,
                         kind,
                         pinned: false,
+                        cuts,
+                        suspect: false,
                     };
                     Ok(Some((id, segment)))
                 }
@@ -218,6 +233,20 @@ pub(crate) async fn replay<I: Io>(
     let mut reader = Reader::open(io, dir, segments, order[at], shard).await?;
     let mut block = Parsed::default();
     loop {
+        if let Some(next) = chain.sequence.and_then(|sequence| taken_over(segments, &order[at..], sequence)) {
+            // Nothing more of this segment counts: the journal went on in another, with this block.
+            reader.sync().await?;
+            at += next;
+            position = segment::HEADER_BYTES;
+            reader = Reader::open(io, dir, segments, order[at], shard).await?;
+            replayed.end = Some(JournalEnd {
+                segment: order[at].1,
+                generation: order[at].0,
+                position,
+                next_sequence: chain.sequence.expect("looked at above"),
+                previous_crc: chain.crc.unwrap_or(0),
+            });
+        }
         // The end is where the last good block ended.
         let problem = reader.block(position, &mut block).await?.and_then(|()| chain.fits(&block));
         let Err(problem) = problem else {
@@ -311,12 +340,54 @@ pub(crate) async fn replay<I: Io>(
         segment.file = Some(reader.file.clone());
     }
     // Segments made ready behind the end hold nothing.
-    for &(_, id) in &order[(at + 1).min(order.len())..] {
-        if let Some(segment) = segments[id.0 as usize].as_mut() {
-            segment.role = Role::Spare;
-        }
+    for &listed in &order[(at + 1).min(order.len())..] {
+        retire(io, dir, shard, segments, listed).await?;
     }
     Ok(replayed)
+}
+
+/// Makes a segment behind the end a spare. Blocks in it were in flight and never counted: they must not be found again
+/// when the segments before it are gone, so it gets another generation before anything is written.
+async fn retire<I: Io>(
+    io: &I,
+    dir: &Path,
+    shard: ShardId,
+    segments: &mut [Option<Segment<I::File>>],
+    listed: (u64, SegmentId),
+) -> Result<(), OpenError> {
+    let mut reader = Reader::open(io, dir, segments, listed, shard).await?;
+    let head = reader.at(segment::HEADER_BYTES, block::HEADER_BYTES).await?;
+    let holds_blocks = block::header(head).is_ok_and(|header| header.id.generation == listed.0);
+    let highest = segments.iter().flatten().map(|segment| segment.generation).max().unwrap_or(0);
+    let Some(segment) = segments[listed.1.0 as usize].as_mut() else { return Ok(()) };
+    segment.role = Role::Spare;
+    if holds_blocks {
+        segment.generation = highest + 1;
+        let mut buffer = io.buffer(ALIGNMENT);
+        let (generation, kind) = (segment.generation, segment.kind);
+        let header = SegmentHeader { shard, segment: listed.1, generation, kind };
+        segment::encode(&header, buffer.as_mut());
+        segment::encode_cuts(&segment.cuts, buffer.as_mut());
+        let written = reader.file.write_at(Rc::new(buffer), 0).await;
+        written.map_err(open_error(format!("write the header of segment {}", listed.1)))?;
+    }
+    Ok(())
+}
+
+/// How many segments further the journal goes on with the block `sequence`, because a write in the first of `order`
+/// failed and what is behind it there does not count.
+fn taken_over<F>(segments: &[Option<Segment<F>>], order: &[(u64, SegmentId)], sequence: u64) -> Option<usize> {
+    let generation = order.first()?.0;
+    let cuts = segments.iter().flatten().flat_map(|segment| &segment.cuts);
+    let cut = cuts.filter(|cut| cut.covers(generation) && cut.sequence <= sequence).max_by_key(|cut| cut.generation)?;
+    // The header that said so is of this generation or a higher one.
+    order.iter().position(|(generation, _)| cut.generation <= *generation)
+}
+
+/// The first block that does not count in a segment of this generation.
+fn first_cut<F>(segments: &[Option<Segment<F>>], generation: u64) -> u64 {
+    let cuts = segments.iter().flatten().flat_map(|segment| &segment.cuts);
+    cuts.filter(|cut| cut.covers(generation)).map(|cut| cut.sequence).min().unwrap_or(u64::MAX)
 }
 
 /// Finds extent headers of blocks that are not whole. The block's sequence in each vouches for it.
@@ -445,6 +516,8 @@ struct Reader<F> {
     generation: u64,
     shard: ShardId,
     bytes: u64,
+    /// The first block that does not count.
+    cut_sequence: u64,
     /// Position of the window in the segment.
     start: u64,
     window: Vec<u8>,
@@ -469,6 +542,7 @@ impl<F: File> Reader<F> {
             generation,
             shard,
             bytes,
+            cut_sequence: first_cut(segments, generation),
             start: 0,
             window: Vec::new(),
             read_bytes: WINDOW_BYTES_MIN,
@@ -495,6 +569,7 @@ impl<F: File> Reader<F> {
         };
         if header.id.generation != self.generation
             || header.id.shard != self.shard
+            || self.cut_sequence <= header.id.sequence
             || self.bytes < position + header.block_bytes as u64
         {
             return Ok(Err(Misfit::Nothing));

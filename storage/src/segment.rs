@@ -110,6 +110,73 @@ pub fn decode(bytes: &[u8]) -> Result<Option<SegmentHeader>, SegmentError> {
     }))
 }
 
+/// Blocks that do not count: a write failed, and the journal went on elsewhere from the last durable block.
+///
+/// Blocks from `sequence` on, in segments of a generation from `from_generation` to below `generation`, may be whole on
+/// disk, and were never acknowledged. Every header says so that is written while such a segment is still there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cut {
+    pub from_generation: u64,
+    /// Of the segment in which the journal went on.
+    pub generation: u64,
+    pub sequence: u64,
+}
+
+/// More are not written: a disk that fails this often is not written to any more.
+pub const CUTS_MAX: usize = 64;
+const CUTS_START: usize = 32;
+const CUT_BYTES: usize = 24;
+
+impl Cut {
+    /// Whether blocks from `sequence` on do not count in segments of this generation.
+    pub fn covers(&self, generation: u64) -> bool {
+        (self.from_generation..self.generation).contains(&generation)
+    }
+}
+
+/// Writes the cuts behind a header that [`encode`] wrote. None leaves the zeros that are there.
+pub fn encode_cuts(cuts: &[Cut], out: &mut [u8]) {
+    assert!(cuts.len() <= CUTS_MAX, "{} cuts", cuts.len());
+    if cuts.is_empty() {
+        return;
+    }
+    let body = &mut out[CUTS_START + 8..][..cuts.len() * CUT_BYTES];
+    for (cut, out) in cuts.iter().zip(body.chunks_exact_mut(CUT_BYTES)) {
+        out[..8].copy_from_slice(&cut.from_generation.to_le_bytes());
+        out[8..16].copy_from_slice(&cut.generation.to_le_bytes());
+        out[16..].copy_from_slice(&cut.sequence.to_le_bytes());
+    }
+    let crc = crc32c::crc32c(body);
+    out[CUTS_START..CUTS_START + 4].copy_from_slice(&(cuts.len() as u32).to_le_bytes());
+    out[CUTS_START + 4..CUTS_START + 8].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// The cuts in the first [`HEADER_BYTES`] of a segment.
+pub fn decode_cuts(bytes: &[u8]) -> Result<Vec<Cut>, SegmentError> {
+    let (head, rest) =
+        bytes.get(CUTS_START..).and_then(|rest| rest.split_first_chunk::<8>()).ok_or(SegmentError::Checksum)?;
+    let count = u32::from_le_bytes([head[0], head[1], head[2], head[3]]) as usize;
+    if count == 0 {
+        return Ok(Vec::new());
+    }
+    let body = rest.get(..count.min(CUTS_MAX + 1) * CUT_BYTES).filter(|_| count <= CUTS_MAX);
+    let body = body.ok_or(SegmentError::Checksum)?;
+    if crc32c::crc32c(body) != u32::from_le_bytes([head[4], head[5], head[6], head[7]]) {
+        return Err(SegmentError::Checksum);
+    }
+    let field = |cut: &[u8], at: usize| {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&cut[at..at + 8]);
+        u64::from_le_bytes(bytes)
+    };
+    let cuts = body.chunks_exact(CUT_BYTES).map(|cut| Cut {
+        from_generation: field(cut, 0),
+        generation: field(cut, 8),
+        sequence: field(cut, 16),
+    });
+    Ok(cuts.collect())
+}
+
 pub fn path(dir: &Path, segment: SegmentId) -> PathBuf {
     dir.join(format!("{:08}.{EXTENSION}", segment.0))
 }

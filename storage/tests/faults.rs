@@ -114,7 +114,7 @@ fn a_flipped_byte_in_a_batch_costs_that_batch_alone() {
 }
 
 #[test]
-fn after_a_failed_write_nothing_is_acked() {
+fn after_a_failed_write_on_a_dead_disk_nothing_is_acked() {
     let dir = tempfile::tempdir().unwrap();
     run(async {
         let io = FaultyIo::new();
@@ -128,13 +128,14 @@ fn after_a_failed_write_nothing_is_acked() {
         for seed in 2..100 {
             f.append(slot, seed, 1, 5000);
         }
-        while f.sink.borrow().failed.len() < 99 {
+        while f.sink.borrow().failed.len() < 99 || !f.store.is_read_only() {
             drava_runtime::yield_now().await;
         }
         io.writes_left.set(None);
         assert_eq!(f.sink.borrow().failed, (1..100).collect::<Vec<_>>());
         assert_eq!(f.sink.borrow().flushed, [0]);
         assert!(f.store.figures().read_only);
+        assert_eq!(f.store.figures().journal_rolls, 1, "the write of the next header failed, too");
         let bytes = common::batch_of(100, 1, 10);
         let header = batch::check(&bytes).unwrap();
         let base_offset = f.store.span(slot).next_offset;
@@ -151,6 +152,196 @@ fn after_a_failed_write_nothing_is_acked() {
         assert_eq!(f.store.span(slot(&f, 1)).end_offset, 1);
         f.store.close().await;
     });
+}
+
+/// Fails the next write, whatever is left of it, and waits until the entries behind it were given back.
+async fn fail_a_write(f: &Fixture<FaultyIo>, io: &FaultyIo, slot: PartitionSlot, seeds: std::ops::Range<u64>) {
+    let already = f.sink.borrow().failed.len();
+    let count = seeds.clone().count();
+    io.failures_left.set(1);
+    for seed in seeds {
+        f.append(slot, seed, 1, 100);
+    }
+    while f.sink.borrow().failed.len() < already + count {
+        drava_runtime::yield_now().await;
+    }
+}
+
+#[test]
+fn the_journal_rolls_after_a_failed_write_and_what_failed_stays_gone() {
+    // What is left on disk of the write that failed: nothing, and all of it.
+    for whole in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let config = StoreConfig { segments_spare: 0, ..small(dir.path()) };
+        let expected = [(0, 0), (1, 7), (2, 8), (3, 9)];
+        run(async {
+            let io = FaultyIo::new();
+            let f = open_with(io.clone(), dir.path(), config.clone()).await;
+            let slot = slot(&f, 1);
+            f.append(slot, 0, 1, 100);
+            f.flushed(1).await;
+            let before = f.store.figures();
+            io.tear.set(whole.then_some(3));
+            fail_a_write(&f, &io, slot, 1..4).await;
+            assert_eq!(f.sink.borrow().failed, [1, 2, 3]);
+            assert!(!f.store.is_read_only());
+            let span = f.store.span(slot);
+            assert_eq!((span.end_offset, span.next_offset), (1, 1), "their offsets are given out again");
+            f.append(slot, 7, 1, 100);
+            f.append(slot, 8, 1, 100);
+            while f.sink.borrow().flushed.len() < 3 {
+                drava_runtime::yield_now().await;
+            }
+            let after = f.store.figures();
+            assert_eq!((after.journal_rolls, after.segments), (1, before.segments + 1));
+            f.store.close().await;
+        });
+        if whole {
+            let blocks = items(dir.path(), |kind| matches!(kind, ItemKind::Block(header) if header.id.sequence == 2));
+            assert_eq!(blocks.len(), 2, "the block that failed is on disk, and the one that took its place");
+        }
+        for round in 0..3 {
+            run(async {
+                let f = open(dir.path(), config.clone()).await;
+                assert!(f.recovered.damaged.is_empty(), "{:?}", f.recovered.damaged);
+                assert_eq!(f.recovered.torn, None);
+                let slot = slot(&f, 1);
+                if round == 0 {
+                    assert_eq!(f.append(slot, 9, 1, 100), 3);
+                    f.flushed(1).await;
+                }
+                assert_eq!(f.read_all(slot, 0).await, (expected.to_vec(), vec![]), "round {round}");
+                f.store.close().await;
+            });
+            if round == 1 {
+                std::fs::remove_dir_all(dir.path().join("index")).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn a_journal_that_rolled_and_wrote_nothing_goes_on_behind_the_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = StoreConfig { segments_spare: 0, ..small(dir.path()) };
+    run(async {
+        let io = FaultyIo::new();
+        let f = open_with(io.clone(), dir.path(), config.clone()).await;
+        let slot = slot(&f, 1);
+        f.append(slot, 0, 1, 100);
+        f.flushed(1).await;
+        io.tear.set(Some(3));
+        fail_a_write(&f, &io, slot, 1..3).await;
+        while f.store.figures().segments_spare == 0 {
+            drava_runtime::yield_now().await;
+        }
+        f.store.close().await;
+    });
+    for seed in 5..8 {
+        run(async {
+            let f = open(dir.path(), config.clone()).await;
+            assert!(f.recovered.damaged.is_empty(), "{:?}", f.recovered.damaged);
+            let slot = slot(&f, 1);
+            f.append(slot, seed, 1, 100);
+            f.flushed(1).await;
+            let expected: Vec<_> = [0].into_iter().chain(5..=seed).enumerate().map(|(o, s)| (o as u64, s)).collect();
+            assert_eq!(f.read_all(slot, 0).await, (expected, vec![]));
+            f.store.close().await;
+        });
+    }
+}
+
+#[test]
+fn rows_of_state_and_a_deletion_survive_a_failed_write() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let io = FaultyIo::new();
+        let config = StoreConfig { segments_spare: 0, ..small(dir.path()) };
+        let f = open_with(io.clone(), dir.path(), config).await;
+        let (kept, dropped) = (slot(&f, 1), slot(&f, 2));
+        f.append(kept, 0, 1, 100);
+        f.append(dropped, 1, 1, 100);
+        f.flushed(2).await;
+        io.failures_left.set(1);
+        f.store.append_state(kept, b"cursor", Some(b"moved"), Some(2)).unwrap();
+        f.store.delete_partition(dropped).await.unwrap();
+        assert_eq!(f.sink.borrow().failed, [2]);
+        f.store.close().await;
+    });
+    run(async {
+        let f = open(dir.path(), small(dir.path())).await;
+        assert_eq!(f.recovered.partitions.len(), 1);
+        assert_eq!(f.recovered.partitions[0].state, [(b"cursor".to_vec(), b"moved".to_vec())]);
+        f.store.close().await;
+    });
+}
+
+/// Writes fail and tear now and then, the journal rolls, the process dies at some point: acked entries are there, at
+/// their offsets, and no other takes the place of one.
+#[test]
+fn no_acked_entry_is_lost_over_rolls_and_crashes() {
+    for first_seed in 1..=4u64 {
+        let dir = tempfile::tempdir().unwrap();
+        let mut seed = first_seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut model: Vec<Vec<(u64, bool)>> = vec![Vec::new(); 3];
+        let mut token = 0;
+        for round in 0..10 {
+            run(async {
+                let io = FaultyIo::new();
+                let config = StoreConfig { flush_bytes_min: 4096, segments_spare: 0, ..small(dir.path()) };
+                let f = open_with(io.clone(), dir.path(), config).await;
+                assert!(f.recovered.damaged.is_empty(), "seed {first_seed} round {round}: {:?}", f.recovered.damaged);
+                let slots: Vec<_> = (1..=3).map(|id| slot(&f, id)).collect();
+                for (index, entries) in model.iter_mut().enumerate() {
+                    let end = f.store.span(slots[index]).end_offset as usize;
+                    let acked = entries.iter().rposition(|(_, acked)| *acked).map_or(0, |last| last + 1);
+                    assert!(acked <= end && end <= entries.len(), "seed {first_seed} round {round}: {acked} {end}");
+                    entries.truncate(end);
+                    let (batches, damaged) = f.read_all(slots[index], 0).await;
+                    assert!(damaged.is_empty());
+                    let expected = entries.iter().enumerate().map(|(offset, (token, _))| (offset as u64, *token));
+                    assert!(batches.iter().copied().eq(expected), "seed {first_seed} round {round} partition {index}");
+                }
+                io.tear.set(Some(common::random(&mut seed) | 1));
+                for _ in 0..1 + common::random(&mut seed) % 4 {
+                    for _ in 0..common::random(&mut seed) % 8 {
+                        for _ in 0..common::random(&mut seed) % 12 {
+                            let index = (common::random(&mut seed) % 3) as usize;
+                            let bytes = (common::random(&mut seed) % 9000) as usize;
+                            f.append(slots[index], token, 1, bytes);
+                            model[index].push((token, false));
+                            token += 1;
+                        }
+                        drava_runtime::time::sleep(std::time::Duration::from_micros(100)).await;
+                    }
+                    // The next write fails; the one after it is that of the header that takes over.
+                    let failed = f.sink.borrow().failed.len();
+                    io.failures_left.set(1);
+                    f.append(slots[0], token, 1, 10);
+                    model[0].push((token, false));
+                    token += 1;
+                    while f.sink.borrow().failed.len() == failed {
+                        drava_runtime::yield_now().await;
+                    }
+                    let failed: Vec<u64> = f.sink.borrow().failed.clone();
+                    model.iter_mut().for_each(|entries| entries.retain(|(token, _)| !failed.contains(token)));
+                    // Once something behind the roll is acked, what failed is cut off for good.
+                    f.append(slots[1], token, 1, 10);
+                    model[1].push((token, false));
+                    while !f.sink.borrow().flushed.contains(&token) {
+                        assert!(!f.store.is_read_only(), "seed {first_seed} round {round}");
+                        drava_runtime::yield_now().await;
+                    }
+                    token += 1;
+                }
+                f.store.close().await;
+                let acked: std::collections::BTreeSet<_> = f.sink.borrow().flushed.iter().copied().collect();
+                for (token, was_acked) in model.iter_mut().flatten() {
+                    *was_acked |= acked.contains(token);
+                }
+            });
+        }
+    }
 }
 
 #[test]
@@ -252,6 +443,43 @@ fn offsets_lost_to_damage_are_not_given_out_again() {
             f.store.close().await;
         });
     }
+}
+
+#[test]
+fn damage_in_the_last_acked_block_is_damage_once_the_journal_was_quiet() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = StoreConfig { mark_after: Some(std::time::Duration::from_millis(20)), ..small(dir.path()) };
+    let is_mark = |kind: &ItemKind| matches!(kind, ItemKind::Block(header) if header.extent_count == 0);
+    run(async {
+        let f = open(dir.path(), config.clone()).await;
+        let slot = slot(&f, 1);
+        for burst in 1..=2 {
+            for seed in 0..3 {
+                f.append(slot, seed, 1, 100);
+            }
+            f.flushed(burst * 3).await;
+            drava_runtime::time::sleep(std::time::Duration::from_millis(20)).await;
+            while items(dir.path(), is_mark).len() < burst {
+                drava_runtime::time::sleep(std::time::Duration::from_millis(1)).await;
+            }
+        }
+        drava_runtime::time::sleep(std::time::Duration::from_millis(100)).await;
+        let figures = f.store.figures();
+        let blocks = items(dir.path(), is_block).len() as u64;
+        assert_eq!(items(dir.path(), is_mark).len(), 2, "none follows a mark");
+        assert_eq!(figures.flushes, blocks - 2, "marks are not counted");
+        assert_eq!(f.read_all(slot, 0).await.0.len(), 6);
+        f.store.close().await;
+    });
+    let blocks = items(dir.path(), |kind| is_block(kind) && !is_mark(kind));
+    let (path, position) = blocks.last().unwrap();
+    flip(path, position + 70);
+    run(async {
+        let f = open(dir.path(), config.clone()).await;
+        assert_eq!((f.recovered.damaged.len(), f.recovered.torn), (1, None));
+        assert_eq!(f.recovered.damaged[0].start_position, *position);
+        f.store.close().await;
+    });
 }
 
 /// Stops in the middle of writes again and again: what was in flight is there, in part, or not at all.

@@ -57,6 +57,8 @@ pub fn small(dir: &Path) -> StoreConfig {
         flush_bytes_min: 16 << 10,
         cache_bytes: 1 << 20,
         disk_reserve_bytes: 0,
+        // Tests count blocks.
+        mark_after: None,
         ..StoreConfig::default()
     }
 }
@@ -181,11 +183,24 @@ pub struct FaultyIo {
     pub writes_left: Rc<std::cell::Cell<Option<u32>>>,
     /// Seed of what is left of the writes that fail: all, some or nothing. `None`: nothing.
     pub tear: Rc<std::cell::Cell<Option<u64>>>,
+    /// Reads of segments so far.
+    pub reads: Rc<std::cell::Cell<u64>>,
+    /// Writes that fail before the disk is well again.
+    pub failures_left: Rc<std::cell::Cell<u32>>,
+    /// What the disk says it has left. `None`: the truth.
+    pub free_bytes: Rc<std::cell::Cell<Option<u64>>>,
 }
 
 impl FaultyIo {
     pub fn new() -> FaultyIo {
-        FaultyIo { disk: GlommioIo::new(), writes_left: Rc::default(), tear: Rc::default() }
+        FaultyIo {
+            disk: GlommioIo::new(),
+            writes_left: Rc::default(),
+            tear: Rc::default(),
+            reads: Rc::default(),
+            failures_left: Rc::default(),
+            free_bytes: Rc::default(),
+        }
     }
 
     fn file(&self, file: <GlommioIo as Io>::File) -> FaultyFile {
@@ -239,7 +254,10 @@ impl Io for FaultyIo {
     }
 
     async fn free_bytes(&self, dir: &Path) -> std::io::Result<u64> {
-        self.disk.free_bytes(dir).await
+        match self.free_bytes.get() {
+            Some(bytes) => Ok(bytes),
+            None => self.disk.free_bytes(dir).await,
+        }
     }
 
     fn now(&self) -> Duration {
@@ -272,6 +290,11 @@ impl drava_storage::io::File for FaultyFile {
     type Read = <<GlommioIo as Io>::File as drava_storage::io::File>::Read;
 
     async fn write_at(&self, buffer: Rc<Self::Buffer>, position: u64) -> std::io::Result<()> {
+        if let Some(left) = self.io.failures_left.get().checked_sub(1) {
+            self.io.failures_left.set(left);
+            self.tear(&buffer, position).await?;
+            return Err(std::io::Error::from_raw_os_error(5));
+        }
         match self.io.writes_left.get() {
             Some(0) => {
                 self.tear(&buffer, position).await?;
@@ -284,6 +307,7 @@ impl drava_storage::io::File for FaultyFile {
     }
 
     async fn read_at(&self, position: u64, bytes: usize) -> std::io::Result<Self::Read> {
+        self.io.reads.set(self.io.reads.get() + 1);
         self.file.read_at(position, bytes).await
     }
 
