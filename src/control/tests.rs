@@ -81,6 +81,7 @@ impl FakeShard {
                     *self.image.borrow_mut() = image;
                     done.send(());
                 }
+                ShardCommand::Damage { reply } => reply.send(Vec::new()),
                 ShardCommand::Stats { reply } => reply.send(ShardStats { shard: self.id, ..ShardStats::default() }),
                 ShardCommand::DescribePartition { partition, reply } => {
                     let owner = self.image.borrow().partitions.get(&partition).map(|partition| partition.owner);

@@ -797,8 +797,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
         });
         let kept = if self.is_quiet() { DEAD_KEPT } else { DEAD_KEPT_BUSY };
         let many = self.config.segments_spare + kept < state.segments.iter().filter(dead).count();
-        let suspect =
-            state.segments.iter().position(|s| s.as_ref().is_some_and(|s| state.is_dead(s) && s.suspect));
+        let suspect = state.segments.iter().position(|s| s.as_ref().is_some_and(|s| state.is_dead(s) && s.suspect));
         let found = suspect.or(odd).or_else(|| state.segments.iter().rposition(|s| dead(&s)).filter(|_| many));
         found.map(|index| SegmentId(index as u32))
     }
@@ -839,9 +838,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
             let mut state = self.state.borrow_mut();
             let state = &mut *state;
             let dead = state.segments.iter().position(|segment| {
-                segment.as_ref().is_some_and(|s| {
-                    state.is_dead(s) && s.bytes == self.config.segment_bytes && !s.suspect
-                })
+                segment.as_ref().is_some_and(|s| state.is_dead(s) && s.bytes == self.config.segment_bytes && !s.suspect)
             });
             let spare = || {
                 let spare = |s: &Segment<I::File>| s.role == Role::Spare && s.bytes == self.config.segment_bytes;

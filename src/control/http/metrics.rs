@@ -347,6 +347,7 @@ mod tests {
                 compaction_dropped_bytes: 1043,
                 fragmented_segments: 1044,
                 journal_rolls: 1045,
+                foreign_live_bytes: 1046,
             },
             read_only: true,
             receive_bytes: 1036,
@@ -364,7 +365,7 @@ mod tests {
             })
             .collect();
         values.sort_unstable();
-        let expected: Vec<u64> = [1].into_iter().chain(1001..=1045).collect();
+        let expected: Vec<u64> = [1].into_iter().chain(1001..=1046).collect();
         assert_eq!(values, expected);
     }
 
