@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use super::admin::Local;
 use super::problem::status;
 use super::{Admin, HttpConfig, HttpServer, openapi, routes};
-use crate::control::handle::Readiness;
+use crate::control::Readiness;
 use crate::control::request::Refused;
 use crate::shard::stats::ShardStats;
 
