@@ -359,8 +359,7 @@ impl IndexWorker {
 impl IndexThread {
     pub(crate) fn start(io: &impl Io, index: Index) -> Result<IndexThread, IndexError> {
         let (requests, inbox) = inbox();
-        let family =
-            Family { name: index.name, kv: index.kv, segments: BTreeMap::new(), foreign: BTreeMap::new() };
+        let family = Family { name: index.name, kv: index.kv, segments: BTreeMap::new(), foreign: BTreeMap::new() };
         let worker = IndexWorker { family, requests: inbox, stopped: None };
         io.start_index(worker).map_err(|error| IndexError::Thread(error.to_string()))?;
         Ok(IndexThread { requests })
