@@ -741,6 +741,9 @@ impl<I: Io, P: 'static> Journal<I, P> {
                     tracing::warn!(shard = self.config.shard.0, error = %error, "no spare segment could be made");
                     self.io.sleep(RETRY).await;
                 }
+            } else if self.has_many_dead() {
+                // More than are kept once it is quiet, which nobody tells.
+                self.wanted_or(QUIET).await;
             } else {
                 self.wanted.notified().await;
             }
@@ -815,6 +818,12 @@ impl<I: Io, P: 'static> Journal<I, P> {
         let dead = state.segments.iter().flatten().filter(|segment| state.is_dead(segment)).count();
         let spare = state.segments.iter().flatten().filter(|segment| segment.role == Role::Spare).count();
         !state.full && dead + spare + usize::from(state.prepared.is_some()) < self.config.segments_spare
+    }
+
+    fn has_many_dead(&self) -> bool {
+        let state = self.state.borrow();
+        let dead = state.segments.iter().flatten().filter(|segment| state.is_dead(segment)).count();
+        self.config.segments_spare + DEAD_KEPT < dead
     }
 
     /// A dead segment that nobody will need soon, or that has not the size of today's.
