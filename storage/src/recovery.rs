@@ -439,7 +439,10 @@ impl Chain {
         if self.crc.is_some_and(|crc| crc != header.id.previous_crc) {
             return Err(Misfit::Nothing);
         }
-        if block.damaged && self.crc.is_some() { Err(Misfit::Damaged) } else { Ok(()) }
+        // Only behind a bad block, where a later one has vouched for it, is a block taken with bad batches in it: anywhere
+        // else, and at the very start, it may be a torn tail.
+        let vouched = self.crc.is_none() && self.sequence.is_some();
+        if block.damaged && !vouched { Err(Misfit::Damaged) } else { Ok(()) }
     }
 }
 
