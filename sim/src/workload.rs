@@ -128,6 +128,8 @@ pub struct Run {
     damaged_sequences: RefCell<Vec<u64>>,
     builder: RefCell<Builder>,
     pub crashes: Cell<u64>,
+    /// The store is being closed: reads that are under way end with an error.
+    closing: Cell<bool>,
 }
 
 /// How a phase ended.
@@ -199,6 +201,7 @@ impl Run {
             damaged_sequences: RefCell::default(),
             builder: RefCell::new(Builder::new(8 << 20)),
             crashes: Cell::new(0),
+            closing: Cell::new(false),
             world,
         })
     }
@@ -240,6 +243,7 @@ impl Run {
             world.disk.lose_process(&world.random);
         }
         world.kv.crash(|pending| world.random.below(pending as u64 + 1) as usize);
+        self.closing.set(false);
         self.oracle.borrow_mut().crashed();
         self.sequenced.borrow_mut().clear();
         self.producers.borrow_mut().clear();
@@ -777,6 +781,7 @@ impl Session {
             assert!(self.store.is_read_only(), "a good store is not sealed: {error}");
             return false;
         }
+        self.run.closing.set(true);
         self.store.close().await;
         true
     }
@@ -816,7 +821,7 @@ impl Run {
             }
             Err(error) => {
                 self.world.event(format_args!("read {id} {offset}: {error}"));
-                let fails = self.character.read_faults || self.character.index_faults;
+                let fails = self.character.read_faults || self.character.index_faults || self.closing.get();
                 oracle.read_failed(id, offset, &error, fails)
             }
         }

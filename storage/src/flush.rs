@@ -417,7 +417,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         for (segment, bytes) in applied.released {
             *indexing.released.entry(segment).or_default() += bytes;
         }
-        if applied.flushed {
+        if applied.flushed || cfg!(feature = "mutant-index-order") {
             indexing.flushed_at = self.io.now();
             indexing.unflushed = false;
             let released = std::mem::take(&mut indexing.released);
