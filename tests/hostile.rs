@@ -13,8 +13,9 @@ use common::{Node, NodeOptions, PATIENCE, Random, Received, Wire, batch_of, wait
 use drava_protocol::batch::{self, Seal};
 use drava_protocol::frame::{self, BODY_BYTES_MAX, HEADER_BYTES, PAYLOAD_BYTES_MAX_DEFAULT};
 use drava_protocol::message::{
-    Ack, CloseConsumer, CreateTopic, DeleteSubscription, DeleteTopic, DescribePartition, Fetch, Flow, Hello, Kind,
-    ListTopics, Locate, Lookup, Message, OpenProducer, Ping, Place, Publish, Seek, Subscribe, Topic, TopicPolicy,
+    Ack, CachePolicy, CloseConsumer, CreateTopic, DeleteSubscription, DeleteTopic, DescribePartition, Fetch, Flow,
+    Hello, Kind, ListTopics, Locate, Lookup, Message, OpenProducer, Ping, Place, Publish, Seek, Subscribe, Topic,
+    TopicPolicy,
 };
 use drava_protocol::{ErrorCode, batch::RECORDS_MAX};
 
@@ -188,6 +189,7 @@ fn kinds_that_only_nodes_send_are_refused() {
         Kind::Published,
         Kind::Fetched,
         Kind::Located,
+        Kind::Damaged,
         Kind::Subscribed,
         Kind::Deliver,
     ];
@@ -402,6 +404,7 @@ fn what_is_unknown_or_out_of_range_is_named_and_the_connection_lives_on() {
         TopicPolicy { replicas: 0, ..policy(1) },
         TopicPolicy { ack_quorum: 0, ..policy(1) },
         TopicPolicy { ack_quorum: 2, ..policy(1) },
+        TopicPolicy { cache: CachePolicy::from_number(u64::MAX), ..policy(1) },
     ] {
         let create = CreateTopic { name: "refused".to_owned(), policy, exists_ok: false };
         assert_eq!(wire.call(&create).unwrap().code(), ErrorCode::InvalidArgument, "{create:?}");

@@ -45,13 +45,13 @@ fn a_node_that_serves_says_that_it_lives_and_is_ready() {
 fn topics_are_created_listed_described_and_deleted() {
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(&NodeOptions::new(dir.path()));
-    let policy = json!({"partitions": 3, "durability": "memory", "retention_ms": 60_000, "retention_bytes": 1 << 30});
+    let policy = json!({"partitions": 3, "durability": "memory", "retention_ms": 60_000, "retention_bytes": 1 << 30, "cache": "10%"});
     let made = create(&node, &json!({"name": "orders", "policy": policy}));
     assert_eq!(made.status, 201, "{}", made.body);
     assert_eq!(made.headers["location"], "/v1/topics/public/default/orders".to_owned());
     let topic = made.json();
     assert_eq!(topic["name"], "/public/default/orders");
-    for key in ["partitions", "durability", "retention_ms", "retention_bytes"] {
+    for key in ["partitions", "durability", "retention_ms", "retention_bytes", "cache"] {
         assert_eq!(topic["policy"][key], policy[key]);
     }
     assert_problem(&create(&node, &json!({"name": "orders"})), 409, ErrorCode::TopicExists);

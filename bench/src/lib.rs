@@ -1,4 +1,5 @@
 //! Load for a node, limits of the machine, and reports that put one beside the other.
+pub mod blocking;
 pub mod cli;
 pub mod compare;
 pub mod cpu;
@@ -14,3 +15,4 @@ pub mod schedule;
 pub mod suite;
 pub mod table;
 pub mod verify;
+pub mod witness;

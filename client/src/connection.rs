@@ -59,7 +59,7 @@ enum Command {
 }
 
 /// Deliveries that wait for their consumer. Bounded by the credit that the consumer grants, which the session enforces;
-/// deliveries without bytes are not kept.
+/// deliveries without bytes are not kept, unless they name damage.
 #[derive(Debug, Default)]
 pub(crate) struct Inbox {
     deliveries: Mutex<VecDeque<Delivery>>,
@@ -72,6 +72,8 @@ pub(crate) struct Inbox {
 pub(crate) struct Delivery {
     pub next_offset: u64,
     pub payload: Bytes,
+    /// Instead of a payload: the first of the messages, up to `next_offset`, that are damaged at the node.
+    pub damaged_from: Option<u64>,
 }
 
 impl Inbox {
@@ -407,7 +409,13 @@ impl Task {
                 if let Some(inbox) = self.inboxes.get(&consumer)
                     && !payload.is_empty()
                 {
-                    inbox.push(Delivery { next_offset, payload: frame.slice(payload) });
+                    inbox.push(Delivery { next_offset, payload: frame.slice(payload), damaged_from: None });
+                }
+            }
+            Event::Damaged { consumer, first_offset, next_offset } => {
+                self.incoming.advance(consumed);
+                if let Some(inbox) = self.inboxes.get(&consumer) {
+                    inbox.push(Delivery { next_offset, payload: Bytes::new(), damaged_from: Some(first_offset) });
                 }
             }
             Event::Refused(refusal) => {

@@ -186,6 +186,7 @@ impl Consumer {
     /// The next message. Messages of one partition come in order, those of different partitions in no order.
     ///
     /// After an error the partition that it is about is not consumed on; the others are. `Closed` when none is left.
+    /// [`SubscribeError::Damaged`] is no end: what lies behind the damage follows, and an ack of it passes the damage.
     pub async fn next(&mut self) -> Result<Message, SubscribeError> {
         loop {
             if let Some(current) = &mut self.current {
@@ -298,7 +299,7 @@ struct Lane {
     /// The next offset to hand to the application.
     position: u64,
     /// Waits for room in the channel. It counts in `position`, so it outlives its connection.
-    pending: Option<Chunk>,
+    pending: Option<Result<Chunk, SubscribeError>>,
     shared: Arc<Shared>,
 }
 
@@ -498,7 +499,7 @@ impl Lane {
                     // Closing: what is delivered now is delivered again to the next consumer.
                     let chunk = self.pending.take().expect("the branch is for one");
                     if let Ok(permit) = permit {
-                        permit.send(Ok(chunk));
+                        permit.send(chunk);
                     }
                 },
                 () = attached.inbox.arrived.notified(), if self.pending.is_none() => {}
@@ -519,7 +520,7 @@ impl Lane {
     }
 
     /// The next delivery that holds something new.
-    fn next_chunk(&mut self, attached: &Attached) -> Option<Chunk> {
+    fn next_chunk(&mut self, attached: &Attached) -> Option<Result<Chunk, SubscribeError>> {
         while let Some(delivery) = attached.inbox.pop() {
             if delivery.next_offset <= self.position {
                 self.shared.give_back(attached.incarnation, delivery.payload.len() as u32);
@@ -527,7 +528,13 @@ impl Lane {
             }
             let position = std::mem::replace(&mut self.position, delivery.next_offset);
             let (partition, incarnation) = (self.index, attached.incarnation);
-            return Some(Chunk { partition, position, payload: delivery.payload, incarnation });
+            return Some(match delivery.damaged_from {
+                None => Ok(Chunk { partition, position, payload: delivery.payload, incarnation }),
+                Some(first_offset) => {
+                    let offsets = first_offset.max(position)..delivery.next_offset;
+                    Err(SubscribeError::Damaged { topic: self.topic.as_str().to_owned(), partition, offsets })
+                }
+            });
         }
         None
     }

@@ -56,6 +56,6 @@ pub use record::{Header, Message, Record};
 
 pub use drava_protocol::batch::Compression;
 pub use drava_protocol::message::{
-    Durability, PartitionPlace, PartitionState, Place, SubscriptionState, Topic, TopicPolicy,
+    CachePolicy, Durability, PartitionPlace, PartitionState, Place, SubscriptionState, Topic, TopicPolicy,
 };
 pub use drava_protocol::{ErrorCode, Retry};

@@ -102,6 +102,8 @@ kinds! {
     Locate = 42;
     /// The answer to `Locate` and `Seek`.
     Located = 43;
+    /// Names messages that are damaged on disk: the answer to `Fetch` there, and pushed to a consumer who is past them.
+    Damaged = 44;
 
     /// Attaches a consumer to a durable subscription. Answered with `Subscribed`.
     Subscribe = 50;
@@ -180,6 +182,64 @@ pub enum Durability {
     Memory,
 }
 
+/// What one partition may hold in the ledger cache of its shard: all there is, nothing, so many bytes, or a share.
+///
+/// One number wherever it is kept: 0 for all there is, bytes below 2^63, and from there on percent of the shard's cache.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[rkyv(derive(Debug, Clone, Copy, PartialEq, Eq))]
+pub struct CachePolicy(u64);
+
+impl CachePolicy {
+    /// As much as the shard has: the oldest entries of all its partitions go first.
+    pub const SHARED: CachePolicy = CachePolicy(0);
+    /// Nothing: readers are served from the disk, and nobody else's entries make room for these.
+    pub const NONE: CachePolicy = CachePolicy(PERCENT);
+
+    /// `None`: 0, which would say something else, or more than a policy can say.
+    pub fn bytes(bytes: u64) -> Option<CachePolicy> {
+        (0 < bytes && bytes < PERCENT).then_some(CachePolicy(bytes))
+    }
+
+    /// 1 to 100 percent of the cache of the shard.
+    pub fn percent(percent: u8) -> Option<CachePolicy> {
+        (1..=100).contains(&percent).then_some(CachePolicy(PERCENT + u64::from(percent)))
+    }
+
+    /// From its number; says nothing about whether the number means something.
+    pub fn from_number(number: u64) -> CachePolicy {
+        CachePolicy(number)
+    }
+
+    pub fn number(self) -> u64 {
+        self.0
+    }
+
+    /// Whether the number means something: a client may have sent any.
+    pub fn is_valid(self) -> bool {
+        self.0 <= PERCENT + 100
+    }
+
+    /// The bytes that a policy of bytes says.
+    pub fn as_bytes(self) -> Option<u64> {
+        (0 < self.0 && self.0 < PERCENT).then_some(self.0)
+    }
+
+    /// The percent that a share says; 0 for nothing.
+    pub fn as_percent(self) -> Option<u8> {
+        let percent = self.0.checked_sub(PERCENT)?;
+        Some(percent.min(100) as u8)
+    }
+
+    /// What it comes to in a cache of `cache_bytes`. `None`: no limit but that of the cache.
+    pub fn limit_bytes(self, cache_bytes: u64) -> Option<u64> {
+        let share = |percent: u8| (u128::from(cache_bytes) * u128::from(percent) / 100) as u64;
+        self.as_percent().map(share).or(self.as_bytes())
+    }
+}
+
+/// Numbers of [`CachePolicy`] from here on are percent.
+const PERCENT: u64 = 1 << 63;
+
 impl Default for TopicPolicy {
     fn default() -> Self {
         Self {
@@ -187,7 +247,7 @@ impl Default for TopicPolicy {
             durability: Durability::Disk,
             retention_ms: 0,
             retention_bytes: 0,
-            cache_bytes: 0,
+            cache: CachePolicy::SHARED,
             replicas: 1,
             ack_quorum: 1,
         }
@@ -350,6 +410,15 @@ bodies! {
         /// One past the last message that readers may see.
         end_offset: u64,
     }
+    Damaged {
+        partition: u64,
+        /// The consumer that it is pushed to; 0 in an answer.
+        consumer: u32,
+        /// The first message that cannot be read.
+        first_offset: u64,
+        /// The first that may be read again: fetch from here.
+        next_offset: u64,
+    }
     Locate { partition: u64, place: Place, }
     Located { offset: u64, start_offset: u64, end_offset: u64, }
     Subscribe {
@@ -397,8 +466,8 @@ bodies! {
         retention_ms: u64,
         /// Oldest closed ledgers of a partition are deleted while it holds more. 0: no limit.
         retention_bytes: u64,
-        /// What one partition may hold in the ledger cache. 0: as much as the shard has.
-        cache_bytes: u64,
+        /// What one partition may hold in the ledger cache of its shard.
+        cache: CachePolicy,
         /// Nodes that hold each entry.
         replicas: u8,
         /// Nodes that must hold an entry before it is acknowledged.
@@ -421,5 +490,33 @@ bodies! {
         name: String,
         offset: u64,
         connected: bool,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cache_policy_comes_to_bytes() {
+        let cache_bytes = 128 << 20;
+        assert_eq!(CachePolicy::SHARED.limit_bytes(cache_bytes), None);
+        assert_eq!(CachePolicy::NONE.limit_bytes(cache_bytes), Some(0));
+        assert_eq!(CachePolicy::bytes(4096).unwrap().limit_bytes(cache_bytes), Some(4096));
+        assert_eq!(CachePolicy::percent(25).unwrap().limit_bytes(cache_bytes), Some(32 << 20));
+        assert_eq!(CachePolicy::percent(100).unwrap().limit_bytes(u64::MAX), Some(u64::MAX));
+        assert_eq!(CachePolicy::bytes(0), None);
+        assert_eq!(CachePolicy::bytes(1 << 63), None);
+        assert_eq!((CachePolicy::percent(0), CachePolicy::percent(101)), (None, None));
+    }
+
+    #[test]
+    fn the_numbers_of_cache_policies_are_part_of_the_format() {
+        let policies = [CachePolicy::SHARED, CachePolicy::bytes(6).unwrap(), CachePolicy::NONE];
+        assert_eq!(policies.map(CachePolicy::number), [0, 6, 1 << 63]);
+        assert_eq!(CachePolicy::percent(100).unwrap().number(), (1 << 63) + 100);
+        assert!(CachePolicy::from_number((1 << 63) + 100).is_valid());
+        assert!(!CachePolicy::from_number((1 << 63) + 101).is_valid());
+        assert!(!CachePolicy::from_number(u64::MAX).is_valid());
     }
 }

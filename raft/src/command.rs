@@ -101,6 +101,8 @@ pub enum Rejected {
     Replicas { replicas: u8, nodes: usize },
     #[error("the ack quorum is 1 to the number of replicas, {replicas}; {ack_quorum} was asked for")]
     AckQuorum { ack_quorum: u8, replicas: u8 },
+    #[error("the cache policy is number {0}, which means nothing")]
+    CachePolicy(u64),
     #[error("there are {TOPICS_MAX} topics; no more are taken")]
     TooManyTopics,
     #[error("there are {existing} partitions; {asked} more would exceed {PARTITIONS_MAX}")]
@@ -109,12 +111,6 @@ pub enum Rejected {
     ShardCount { node: NodeId, shards: usize },
     #[error("a host name has at most {HOST_BYTES_MAX} bytes; that of node {node} has {bytes}")]
     HostTooLong { node: NodeId, bytes: usize },
-    #[error(
-        "node {node} has partitions on shard {highest_shard} and was started with {shards} shards; \
-         start it with at least {needed}",
-        needed = highest_shard + 1
-    )]
-    ShardsInUse { node: NodeId, highest_shard: u16, shards: usize },
     #[error(
         "node {node} is known with incarnation {known:032x} and owns partitions; this one has incarnation \
          {offered:032x}: another data directory, or a new one"
@@ -133,11 +129,11 @@ impl Rejected {
             Rejected::PartitionCount(_)
             | Rejected::Replicas { .. }
             | Rejected::AckQuorum { .. }
+            | Rejected::CachePolicy(_)
             | Rejected::TooManyTopics
             | Rejected::TooManyPartitions { .. }
             | Rejected::ShardCount { .. }
             | Rejected::HostTooLong { .. }
-            | Rejected::ShardsInUse { .. }
             | Rejected::OtherIncarnation { .. }
             | Rejected::UnknownNode(_) => ErrorCode::InvalidArgument,
         }

@@ -31,4 +31,4 @@ pub use disk::{FileDisk, MemoryDisk, MetaDisk, Position};
 pub use group::{GroupConfig, GroupFailed, MetadataGroup, ProposeError, StartError};
 pub use image::{Image, Incarnation, Liveness, Node, Owner, Partition, Topic};
 pub use shared_map::SharedMap;
-pub use state::{State, StateError};
+pub use state::{State, StateError, shard_of};

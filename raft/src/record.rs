@@ -57,7 +57,7 @@ impl Record {
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
-    use drava_protocol::message::{Durability, TopicPolicy};
+    use drava_protocol::message::{CachePolicy, Durability, TopicPolicy};
     use drava_protocol::topic::TopicName;
     use openraft::impls::leader_id_std::LeaderId;
     use openraft::vote::RaftLeaderId;
@@ -82,7 +82,7 @@ mod tests {
             durability: Durability::Memory,
             retention_ms: 4,
             retention_bytes: 5,
-            cache_bytes: 6,
+            cache: CachePolicy::bytes(6).unwrap(),
             replicas: 7,
             ack_quorum: 8,
         };

@@ -24,9 +24,17 @@ pub struct State {
     /// Changed in place while nobody else holds it, copied when somebody does.
     image: Arc<Image>,
     next_topic: u64,
-    next_partition: u64,
     /// Partitions placed so far, deleted ones included: the next one goes to the next shard after the last.
     placed: u64,
+}
+
+/// The shard of a partition on a node that was started with `shards` of them after it had another number.
+///
+/// It follows from the id alone, so that the node's storage, which moves before the metadata is there, comes to the same.
+/// In a group of one node it is also where a partition is placed when it is made, whatever happened before: a start that
+/// was cut short between the two moves can be followed by one with any number of shards.
+pub fn shard_of(partition: PartitionId, shards: u16) -> ShardId {
+    ShardId((partition.0.saturating_sub(1) % u64::from(shards)) as u16)
 }
 
 /// Bytes that are no state.
@@ -45,7 +53,7 @@ pub enum StateError {
 impl Default for State {
     fn default() -> Self {
         // 0 is no id, so that a forgotten one is seen.
-        Self { image: Arc::default(), next_topic: 1, next_partition: 1, placed: 0 }
+        Self { image: Arc::new(Image { next_partition: 1, ..Image::default() }), next_topic: 1, placed: 0 }
     }
 }
 
@@ -88,9 +96,9 @@ impl State {
         let image = Arc::make_mut(&mut self.image);
         let mut partitions = Vec::with_capacity(policy.partitions as usize);
         for index in 0..policy.partitions {
-            let id = PartitionId(self.next_partition);
+            let id = PartitionId(image.next_partition);
             let owner = slots[(self.placed % slots.len() as u64) as usize];
-            self.next_partition += 1;
+            image.next_partition += 1;
             self.placed += 1;
             partitions.push(id);
             image.partitions.insert(id, Partition { id, topic: name.clone(), index, owner, term: Term(1) });
@@ -117,6 +125,9 @@ impl State {
         }
         if policy.ack_quorum == 0 || policy.replicas < policy.ack_quorum {
             return Err(Rejected::AckQuorum { ack_quorum: policy.ack_quorum, replicas: policy.replicas });
+        }
+        if !policy.cache.is_valid() {
+            return Err(Rejected::CachePolicy(policy.cache.number()));
         }
         Ok(())
     }
@@ -160,20 +171,32 @@ impl State {
         if registration.host.len() > HOST_BYTES_MAX {
             return Err(Rejected::HostTooLong { node, bytes: registration.host.len() });
         }
-        let highest_shard =
-            self.image.partitions.values().filter(|p| p.owner.node == node).map(|p| p.owner.shard.0).max();
-        if let Some(highest_shard) = highest_shard {
-            if let Some(known) = self.image.nodes.get(&node)
-                && known.incarnation.0 != registration.incarnation
-            {
-                let (known, offered) = (known.incarnation.0, registration.incarnation);
-                return Err(Rejected::OtherIncarnation { node, known, offered });
-            }
-            if shards <= usize::from(highest_shard) {
-                return Err(Rejected::ShardsInUse { node, highest_shard, shards });
-            }
+        if let Some(known) = self.image.nodes.get(&node)
+            && known.incarnation.0 != registration.incarnation
+            && self.image.partitions.values().any(|partition| partition.owner.node == node)
+        {
+            let (known, offered) = (known.incarnation.0, registration.incarnation);
+            return Err(Rejected::OtherIncarnation { node, known, offered });
+        }
+        if self.image.nodes.get(&node).is_some_and(|known| known.shard_count() != shards) {
+            self.place_again(node, shards as u16);
         }
         Ok(self.put_node(registration.clone().into_node()))
+    }
+
+    /// Gives the partitions of a node that comes back with another number of shards to the shards it has now.
+    fn place_again(&mut self, node: NodeId, shards: u16) {
+        let moved: Vec<Partition> = (self.image.partitions.values())
+            .filter(|partition| partition.owner.node == node)
+            .filter(|partition| partition.owner.shard != shard_of(partition.id, shards))
+            .cloned()
+            .collect();
+        let image = Arc::make_mut(&mut self.image);
+        for partition in moved {
+            let owner = Owner { node, shard: shard_of(partition.id, shards) };
+            let term = Term(partition.term.0 + 1);
+            image.partitions.insert(partition.id, Partition { owner, term, ..partition });
+        }
     }
 
     fn mark_node(&mut self, id: NodeId, incarnation: Incarnation, liveness: Liveness) -> Result<Effect, Rejected> {
@@ -224,7 +247,7 @@ impl State {
         let stored = StoredState {
             version: self.image.version,
             next_topic: self.next_topic,
-            next_partition: self.next_partition,
+            next_partition: self.image.next_partition,
             placed: self.placed,
             nodes: nodes.collect(),
             topics: topics.collect(),
@@ -249,7 +272,7 @@ impl State {
 
 fn from_stored(stored: StoredState) -> Result<State, StateError> {
     let contradiction = |text: String| StateError::Contradiction(text);
-    let mut image = Image { version: stored.version, ..Image::default() };
+    let mut image = Image { version: stored.version, next_partition: stored.next_partition, ..Image::default() };
     for node in stored.nodes {
         let id = NodeId(node.id);
         let node = Node {
@@ -294,16 +317,13 @@ fn from_stored(stored: StoredState) -> Result<State, StateError> {
             return Err(contradiction(format!("topic {name} is in it twice")));
         }
     }
-    Ok(State {
-        image: Arc::new(image),
-        next_topic: stored.next_topic,
-        next_partition: stored.next_partition,
-        placed: stored.placed,
-    })
+    Ok(State { image: Arc::new(image), next_topic: stored.next_topic, placed: stored.placed })
 }
 
 #[cfg(test)]
 mod tests {
+    use drava_protocol::message::CachePolicy;
+
     use super::*;
 
     fn name(text: &str) -> TopicName {
@@ -352,6 +372,28 @@ mod tests {
     }
 
     #[test]
+    fn partitions_follow_the_number_of_shards_of_their_node() {
+        let mut state = state(3);
+        created(&mut state, &create("a", 4));
+        created(&mut state, &create("gone", 1));
+        state.apply(&delete("gone")).unwrap();
+        let older = state.image().clone();
+        for shards in [2, 5, 1, 8, 3] {
+            let effect = state.apply(&register(1, shards)).unwrap().effect;
+            assert!(matches!(effect, Effect::NodeChanged(_)));
+            created(&mut state, &create(&format!("with-{shards}"), 3));
+            for partition in state.image().partitions.values() {
+                assert_eq!(partition.owner.shard, shard_of(partition.id, shards), "{} of {shards}", partition.id);
+                assert!(state.image().place(partition.id).is_some());
+            }
+        }
+        // Back where it was, under a higher term: an owner of before is told from that of now.
+        let (before, now) = (&older.partitions[&PartitionId(3)], &state.image().partitions[&PartitionId(3)]);
+        assert_eq!(before.owner, now.owner);
+        assert!(before.term < now.term);
+    }
+
+    #[test]
     fn neighbours_are_on_different_nodes() {
         let mut state = state(2);
         state.apply(&register(2, 1)).unwrap();
@@ -392,6 +434,11 @@ mod tests {
             policy: TopicPolicy { partitions, replicas, ack_quorum, ..TopicPolicy::default() },
             created_ms: 0,
         };
+        let cached = |number| Command::CreateTopic {
+            name: name("b"),
+            policy: TopicPolicy { cache: CachePolicy::from_number(number), ..TopicPolicy::default() },
+            created_ms: 0,
+        };
         let expected = [
             (create("a", 1), Rejected::TopicExists(name("a"))),
             (policy(0, 1, 1), Rejected::PartitionCount(0)),
@@ -400,12 +447,12 @@ mod tests {
             (policy(1, 2, 1), Rejected::Replicas { replicas: 2, nodes: 1 }),
             (policy(1, 1, 0), Rejected::AckQuorum { ack_quorum: 0, replicas: 1 }),
             (policy(1, 1, 2), Rejected::AckQuorum { ack_quorum: 2, replicas: 1 }),
+            (cached(u64::MAX), Rejected::CachePolicy(u64::MAX)),
             (delete("b"), Rejected::UnknownTopic(name("b"))),
             (
                 Command::DeleteTopic { name: name("a"), expected: Some(9) },
                 Rejected::TopicChanged { name: name("a"), expected: TopicId(9), found: TopicId(1) },
             ),
-            (register(1, 1), Rejected::ShardsInUse { node: NodeId(1), highest_shard: 1, shards: 1 }),
             (register(3, 0), Rejected::ShardCount { node: NodeId(3), shards: 0 }),
             (Command::MarkNode { node: 5, incarnation: 0, liveness: Liveness::Down }, Rejected::UnknownNode(NodeId(5))),
         ];

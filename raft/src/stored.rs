@@ -3,7 +3,7 @@
 //! They are types of their own, so that a change of the wire or of the image is no change of the format by accident:
 //! the compiler asks for the new field here.
 
-use drava_protocol::message::{Durability, TopicPolicy};
+use drava_protocol::message::{CachePolicy, Durability, TopicPolicy};
 use serde::{Deserialize, Serialize};
 
 use crate::image::Liveness;
@@ -19,6 +19,20 @@ enum DurabilityForm {
 }
 
 #[derive(Serialize, Deserialize)]
+#[serde(remote = "CachePolicy")]
+struct CacheForm(#[serde(getter = "cache_number")] u64);
+
+fn cache_number(policy: &CachePolicy) -> u64 {
+    policy.number()
+}
+
+impl From<CacheForm> for CachePolicy {
+    fn from(CacheForm(number): CacheForm) -> CachePolicy {
+        CachePolicy::from_number(number)
+    }
+}
+
+#[derive(Serialize, Deserialize)]
 #[serde(remote = "TopicPolicy")]
 pub(crate) struct PolicyForm {
     partitions: u32,
@@ -26,7 +40,8 @@ pub(crate) struct PolicyForm {
     durability: Durability,
     retention_ms: u64,
     retention_bytes: u64,
-    cache_bytes: u64,
+    #[serde(with = "CacheForm")]
+    cache: CachePolicy,
     replicas: u8,
     ack_quorum: u8,
 }

@@ -1,12 +1,17 @@
 //! Amounts as people write them.
 
-use drava_client::Place;
+use drava_client::{CachePolicy, Place};
 
-use crate::config::option::parse_bytes;
+use crate::config::option::{CACHE_EXPECTED, parse_bytes, parse_cache};
 
 /// `64 MiB`, `4096`.
 pub fn bytes(text: &str) -> Result<u64, String> {
     parse_bytes(text).ok_or_else(|| "expected a number of bytes, such as 65536, 64KiB or 1MiB".to_owned())
+}
+
+/// `shared`, `none`, `64MiB`, `10%`.
+pub fn cache(text: &str) -> Result<CachePolicy, String> {
+    parse_cache(text).ok_or_else(|| CACHE_EXPECTED.to_owned())
 }
 
 /// `90s`, `15m`, `12h`, `7d`, `500ms`; in milliseconds. `0` has no unit.
@@ -72,6 +77,7 @@ pub fn separator(text: &str) -> Result<Vec<u8>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::option::cache_text;
 
     #[test]
     fn durations_have_units() {
@@ -80,6 +86,20 @@ mod tests {
         assert_eq!(duration_ms("0"), Ok(0));
         for wrong in ["", "7", "d", "-1s", "1.5h", "99999999999999999d"] {
             assert!(duration_ms(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_cache_policy_is_a_word_a_size_or_a_share() {
+        assert_eq!(cache("shared"), Ok(CachePolicy::SHARED));
+        assert_eq!(cache("none"), Ok(CachePolicy::NONE));
+        assert_eq!(cache("10%"), Ok(CachePolicy::percent(10).unwrap()));
+        assert_eq!(cache("64MiB"), Ok(CachePolicy::bytes(64 << 20).unwrap()));
+        for wrong in ["", "0", "0%", "101%", "%", "-1%", "some", "1.5MiB", "9223372036854775808"] {
+            assert!(cache(wrong).is_err(), "{wrong}");
+        }
+        for text in ["shared", "none", "1%", "100%", "64 MiB", "1000", "1573888"] {
+            assert_eq!(cache_text(cache(text).unwrap()), text);
         }
     }
 

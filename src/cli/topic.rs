@@ -1,7 +1,7 @@
 //! `drava topic`: creates, lists, describes and deletes topics.
 
 use clap::{Args, Subcommand, ValueEnum};
-use drava_client::{Client, Durability, TopicPolicy};
+use drava_client::{CachePolicy, Client, Durability, TopicPolicy};
 use drava_protocol::message::{PartitionState, Topic};
 use serde_json::json;
 
@@ -9,7 +9,7 @@ use super::Failure;
 use super::connect::{ServerOptions, block_on};
 use super::output::{Output, print, print_json, table};
 use super::quantity;
-use crate::config::option::bytes_text;
+use crate::config::option::{bytes_text, cache_text};
 
 /// Create, list, describe or delete topics.
 #[derive(Debug, Args)]
@@ -85,9 +85,9 @@ pub struct PolicyOptions {
     /// Delete the oldest of a partition beyond this size, a ledger at a time: 10GiB. 0: no limit.
     #[arg(long, default_value = "0", value_parser = quantity::bytes, value_name = "SIZE")]
     retention_bytes: u64,
-    /// What one partition may hold in the cache of its shard: 64MiB. 0: as much as there is.
-    #[arg(long, default_value = "0", value_parser = quantity::bytes, value_name = "SIZE")]
-    cache_bytes: u64,
+    /// What one partition may hold in the cache of its shard: a size, a share, or none. Shared: as much as there is.
+    #[arg(long, default_value = "shared", value_parser = quantity::cache, value_name = "shared|none|SIZE|PERCENT%")]
+    cache: CachePolicy,
 }
 
 impl PolicyOptions {
@@ -100,7 +100,7 @@ impl PolicyOptions {
             },
             retention_ms: self.retention,
             retention_bytes: self.retention_bytes,
-            cache_bytes: self.cache_bytes,
+            cache: self.cache,
             ..TopicPolicy::default()
         }
     }
@@ -161,7 +161,7 @@ async fn describe(client: &Client, target: &Target) -> Result<(), Failure> {
                 durability_name(policy.durability),
                 or("for ever", policy.retention_ms, format!("{} s", policy.retention_ms / 1000)),
                 or("any size", policy.retention_bytes, bytes_text(policy.retention_bytes)),
-                or("shared", policy.cache_bytes, bytes_text(policy.cache_bytes)),
+                cache_text(policy.cache),
             ))?;
             let rows = topic.partitions.iter().zip(&states).map(|(place, state)| {
                 [
@@ -224,7 +224,7 @@ fn topic_json(topic: &Topic) -> serde_json::Value {
             "durability": durability_name(policy.durability),
             "retention_ms": policy.retention_ms,
             "retention_bytes": policy.retention_bytes,
-            "cache_bytes": policy.cache_bytes,
+            "cache": cache_text(policy.cache),
             "replicas": policy.replicas,
             "ack_quorum": policy.ack_quorum,
         },

@@ -22,6 +22,11 @@ use option::{Raw, section};
 /// More shards than this in one node are refused.
 pub const SHARDS_MAX: u16 = 64;
 
+/// With less a store has no room for its blocks in flight.
+const MEMORY_BYTES_MIN: u64 = 64 << 20;
+/// For blocks in flight, free buffers and bookkeeping, where nobody said how much memory there is.
+const MEMORY_BYTES_BESIDE: u64 = 64 << 20;
+
 section! {
     /// The options of one node.
     NodeConfig, "" {
@@ -103,6 +108,23 @@ section! {
         /// Compare the checksum of every batch that is read back from disk. Off saves CPU and passes damage on to
         /// readers, who compare it themselves.
         verify_reads: bool = true, None, Range::Any;
+        /// All memory of each shard's store: cache, blocks being written, what readers hold or is read ahead of them,
+        /// what is remembered of partitions and entries. The cache gives way to the rest, and readers, who have half,
+        /// wait when they hold more. 0: twice the sum of `cache_bytes`, two times
+        /// `staged_bytes_max`, and 64 MiB.
+        memory_bytes: u64 = 0, Bytes, Range::Numbers(0..=1 << 40);
+        /// What a shard reads in a second to check what it stored long ago, while its disk is not late. 0: nothing is
+        /// checked before somebody reads it.
+        scrub_bytes_per_s: u64 = 8 << 20, Bytes, Range::Numbers(0..=16 << 30);
+        /// The next check of everything begins so long after the last one began, or at its end if that takes longer.
+        scrub_interval_s: u64 = 7 * 86_400, Seconds, Range::Numbers(1..=365 * 86_400);
+        /// What a shard copies in a second to bring together what is live in old segments, while its disk is not late. 0:
+        /// room that lies between live messages does not come back.
+        compaction_bytes_per_s: u64 = 64 << 20, Bytes, Range::Numbers(0..=16 << 30);
+        /// A segment is compacted when at least so much of it is dead, and there is enough of it to win a segment.
+        compaction_garbage_percent: u32 = 50, None, Range::Numbers(1..=100);
+        /// A segment is compacted when a reader who catches up gets less than this with each read of it on average.
+        compaction_fragment_bytes: u64 = 64 << 10, Bytes, Range::Numbers(0..=1 << 20);
     }
 }
 
@@ -152,6 +174,13 @@ impl NodeConfig {
         // A flush holds at least one batch, with headers and padding, and lies in one segment.
         if self.storage.segment_bytes / 2 < u64::from(self.network.payload_bytes_max) {
             broken.push("network.payload_bytes_max is more than half of storage.segment_bytes".to_owned());
+        }
+        let memory_bytes = self.storage.memory_bytes();
+        if memory_bytes < MEMORY_BYTES_MIN {
+            broken.push("storage.memory_bytes is less than 64 MiB".to_owned());
+        }
+        if memory_bytes / 4 < self.storage.staged_bytes_max {
+            broken.push("storage.staged_bytes_max is more than a quarter of storage.memory_bytes".to_owned());
         }
         if self.network.receive_bytes_max < u64::from(self.network.payload_bytes_max) {
             broken.push("network.payload_bytes_max is more than network.receive_bytes_max".to_owned());
@@ -231,8 +260,20 @@ impl NetworkConfig {
 }
 
 impl StorageConfig {
+    /// What all of a shard's store may hold in memory.
+    pub fn memory_bytes(&self) -> u64 {
+        match self.memory_bytes {
+            0 => 2 * (self.cache_bytes + 2 * self.staged_bytes_max + MEMORY_BYTES_BESIDE),
+            bytes => bytes,
+        }
+    }
+
     pub fn ledger_age_max(&self) -> Duration {
         Duration::from_secs(self.ledger_age_max_s)
+    }
+
+    pub fn scrub_interval(&self) -> Duration {
+        Duration::from_secs(self.scrub_interval_s)
     }
 
     pub fn cursor_save_interval(&self) -> Duration {

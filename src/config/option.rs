@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
+use drava_protocol::message::CachePolicy;
+
 /// The declaration of one option.
 #[derive(Clone, Debug)]
 pub struct OptionSpec {
@@ -195,6 +197,33 @@ pub fn bytes_text(bytes: u64) -> String {
         format!("{:.1} {}", bytes as f64 / unit as f64, NAMES[step])
     }
 }
+
+/// Reads `shared`, `none`, `10%`, or a size such as `64 MiB`.
+pub fn parse_cache(text: &str) -> Option<CachePolicy> {
+    match text.trim() {
+        "shared" => Some(CachePolicy::SHARED),
+        "none" => Some(CachePolicy::NONE),
+        text => match text.strip_suffix('%') {
+            Some(percent) => CachePolicy::percent(percent.trim_end().parse().ok()?),
+            None => CachePolicy::bytes(parse_bytes(text)?),
+        },
+    }
+}
+
+/// Writes what [`parse_cache`] reads back as the same.
+pub fn cache_text(policy: CachePolicy) -> String {
+    match (policy.as_percent(), policy.as_bytes()) {
+        (Some(0), _) => "none".to_owned(),
+        (Some(percent), _) => format!("{percent}%"),
+        (None, Some(bytes)) => {
+            Some(bytes_text(bytes)).filter(|text| parse_bytes(text) == Some(bytes)).unwrap_or_else(|| bytes.to_string())
+        }
+        (None, None) => "shared".to_owned(),
+    }
+}
+
+/// What to say of a text that is no cache policy.
+pub const CACHE_EXPECTED: &str = "expected shared, none, a size such as 64MiB, or a share of the cache such as 10%";
 
 impl OptionValue for bool {
     fn read(raw: Raw<'_>, _: Unit) -> Result<Self, String> {

@@ -52,13 +52,20 @@ struct FakeShard {
     image: RefCell<Arc<Image>>,
     stuck: Cell<bool>,
     drained: Cell<bool>,
+    /// What its store holds.
+    highest_partition: Cell<Option<PartitionId>>,
 }
 
 impl FakeShard {
     fn start(id: u16) -> (Rc<FakeShard>, InboxSender<ShardCommand>) {
         let (sender, commands) = inbox();
-        let shard =
-            Rc::new(FakeShard { id, image: RefCell::default(), stuck: Cell::new(false), drained: Cell::new(false) });
+        let shard = Rc::new(FakeShard {
+            id,
+            image: RefCell::default(),
+            stuck: Cell::new(false),
+            drained: Cell::new(false),
+            highest_partition: Cell::new(None),
+        });
         drava_runtime::spawn(shard.clone().obey(commands));
         (shard, sender)
     }
@@ -131,7 +138,9 @@ impl Node {
                 *door.borrow_mut() = None;
             }
         };
-        let running = drava_runtime::spawn(run(config(shards.len() as u16), Rc::new(disk.clone()), ends, serve));
+        let highest_partition = shards.iter().filter_map(|shard| shard.highest_partition.get()).max();
+        let config = ControlConfig { highest_partition, ..config(shards.len() as u16) };
+        let running = drava_runtime::spawn(run(config, Rc::new(disk.clone()), ends, serve));
         match started.await.expect("the core says whether it started") {
             Ok(started) => {
                 while door.borrow().is_none() {
@@ -262,7 +271,7 @@ fn a_shard_that_never_serves_stops_the_start() {
 }
 
 #[test]
-fn metadata_survives_a_restart_and_fewer_shards_are_refused() {
+fn metadata_survives_a_restart_and_follows_the_number_of_shards() {
     on_executor(async {
         let disk = MemoryDisk::default();
         let node = Node::start(&disk, 3).await.unwrap();
@@ -270,15 +279,43 @@ fn metadata_survives_a_restart_and_fewer_shards_are_refused() {
         let first = node.handle.create_topic(name("a"), policy(3), false).await.unwrap();
         node.drain().await;
 
-        let (text, error) = Node::start(&disk, 2).await.err().expect("it does not start");
-        assert!(matches!(error, ControlError::Register(_)));
-        assert!(text.contains("node 1 has partitions on shard 2 and was started with 2 shards"), "{text}");
+        let node = Node::start(&disk, 2).await.unwrap();
+        let shard_of = |index: usize| node.handle.image().partitions[&first.partitions[index]].owner.shard.0;
+        assert_eq!([shard_of(0), shard_of(1), shard_of(2)], [0, 1, 0]);
+        node.drain().await;
 
         let node = Node::start(&disk, 4).await.unwrap();
         assert_eq!((node.started.topics, node.started.partitions), (1, 3));
         // The first image that a shard sees is complete: it deletes what it has and the image has not.
         assert!(node.shards.iter().all(|shard| shard.image.borrow().topics.get(&name("a")) == Some(&first)));
         node.drain().await;
+    });
+}
+
+#[test]
+fn metadata_that_lost_its_end_starts_no_shard() {
+    on_executor(async {
+        let disk = MemoryDisk::default();
+        let node = Node::start(&disk, 2).await.unwrap();
+        let topic = node.handle.create_topic(name("a"), policy(3), false).await.unwrap();
+        node.handle.delete_topic(name("a")).await.unwrap();
+        node.drain().await;
+        let highest = *topic.partitions.last().unwrap();
+        let holding = |shard: &FakeShard| shard.highest_partition.set((shard.id == 1).then_some(highest));
+        // Deleted partitions were made once: what is left of them may go.
+        Node::start_with(&disk, 2, holding).await.unwrap().drain().await;
+        // Another disk has never heard of it. A shard that saw this image would delete what it has.
+        let other = MemoryDisk::default();
+        let started = Node::start_with(&other, 2, |shard| {
+            holding(shard);
+            shard.stuck.set(true);
+        });
+        let (text, error) = started.await.err().expect("it does not start");
+        assert!(
+            matches!(error, ControlError::Incomplete { stored, next_partition: 1 } if stored == highest),
+            "{error}"
+        );
+        assert!(text.contains("the metadata is incomplete"), "{text}");
     });
 }
 

@@ -2,29 +2,37 @@
 //!
 //! ```text
 //! lock          held with flock by the node that runs on the directory; holds its pid
-//! format.json   format version, node, incarnation, number of shards
+//! format.json   format version, node, incarnation, layout
 //! ports.json    the ports of the node that runs, or ran last
 //! meta/         log, vote and snapshots of the metadata group
-//! shard-000/    segments of the journal of shard 0
-//! index/        RocksDB, one column family a shard
+//! shard-000/    segments of the journal of store 0
+//! index/        RocksDB, one column family a store
 //! ```
 //!
 //! Opening it is: make it, lock it, compare or make `format.json`. Nothing else is touched before that holds.
+//!
+//! The **layout** says which store belongs to which shard. A store has a number that is never used again; a node that
+//! starts with another number of shards gets new stores, and the old ones are read until they are empty ("draining").
+//! `format.json` is the one place that decides: it is replaced as a whole, and a directory or a family of the index that
+//! it does not name is left over from a start that was cut short.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
-use drava_protocol::ShardId;
+use drava_storage::StoreId;
 use serde::{Deserialize, Serialize};
 
 use crate::config::NodeConfig;
 
 use super::ports::Ports;
 
-/// The format that this node reads and writes.
-pub const FORMAT: u32 = 1;
+/// The format that this node writes. It reads 1, too, which named a number of shards instead of a layout.
+pub const FORMAT: u32 = 2;
 
+/// The number behind is that of the metadata group's log.
+const STORES_MAX: u16 = u16::MAX;
+const STORE_PREFIX: &str = "shard-";
 const LOCK_FILE: &str = "lock";
 const FORMAT_FILE: &str = "format.json";
 const PORTS_FILE: &str = "ports.json";
@@ -38,7 +46,27 @@ pub struct Format {
     pub node: u64,
     /// 128 random bits in hex, minted with the directory: a node that lost its disk is another one.
     pub incarnation: String,
-    pub shards: u16,
+    #[serde(flatten)]
+    pub layout: Layout,
+}
+
+/// The stores of the directory, by number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    /// By shard.
+    pub stores: Vec<u16>,
+    /// Written by no shard any more, and read while they hold messages.
+    pub draining: Vec<u16>,
+    /// Stores from here on were never used.
+    pub next_store: u16,
+}
+
+/// What format 1 said.
+#[derive(Deserialize)]
+struct FormatOne {
+    node: u64,
+    incarnation: String,
+    shards: u16,
 }
 
 /// A locked data directory. The lock ends with this value, or with the process.
@@ -56,12 +84,12 @@ pub enum DataDirError {
     InUse { dir: PathBuf, pid: Option<u32> },
     #[error("{} holds files and no {FORMAT_FILE}: it is no data directory; give data_dir an empty or a new one", dir.display())]
     Foreign { dir: PathBuf },
-    #[error("the data directory {} has format {found}; this node reads and writes format {FORMAT}; use the release that made it", dir.display())]
+    #[error("the data directory {} has format {found}; this node reads 1 to {FORMAT}; use the release that made it", dir.display())]
     OtherFormat { dir: PathBuf, found: u64 },
     #[error("the data directory {} belongs to node {found}; this is node {configured}; set node_id or data_dir", dir.display())]
     OtherNode { dir: PathBuf, found: u64, configured: u64 },
-    #[error("the data directory {} was made with {found} shards and {configured} are configured; changing the number of shards is not possible yet: set shards = {found}", dir.display())]
-    OtherShards { dir: PathBuf, found: u16, configured: u16 },
+    #[error("the data directory {} has used up the numbers for stores; it cannot be given another number of shards again", dir.display())]
+    NoStoreLeft { dir: PathBuf },
     #[error("{} cannot be understood: {reason}", file.display())]
     Damaged { file: PathBuf, reason: String },
     #[error("{action} {}: {source}", path.display())]
@@ -81,11 +109,14 @@ impl DataDir {
         if format.node != config.node_id {
             return Err(DataDirError::OtherNode { dir: path, found: format.node, configured: config.node_id });
         }
-        if format.shards != config.shards {
-            return Err(DataDirError::OtherShards { dir: path, found: format.shards, configured: config.shards });
-        }
         let dir = DataDir { path, format, made, _lock: lock };
-        for folder in [dir.meta(), dir.index()].into_iter().chain((0..config.shards).map(|id| dir.shard(ShardId(id)))) {
+        if dir.format.format != FORMAT {
+            dir.replace_format(&Format { format: FORMAT, ..dir.format.clone() })?;
+            tracing::info!(from = dir.format.format, to = FORMAT, "the format of the data directory is upgraded");
+        }
+        let dir = DataDir { format: Format { format: FORMAT, ..dir.format }, ..dir };
+        dir.remove_unused()?;
+        for folder in [dir.meta(), dir.index()].into_iter().chain(dir.stores().map(|store| dir.store(store))) {
             fs::create_dir_all(&folder).map_err(at("make the directory", &folder))?;
         }
         sync_folder(&dir.path)?;
@@ -115,9 +146,64 @@ impl DataDir {
         self.path.join("index")
     }
 
-    /// Segments of the journal of a shard.
-    pub fn shard(&self, shard: ShardId) -> PathBuf {
-        self.path.join(format!("shard-{:03}", shard.0))
+    /// The segments of a store.
+    pub fn store(&self, store: StoreId) -> PathBuf {
+        self.path.join(format!("{STORE_PREFIX}{:03}", store.0))
+    }
+
+    /// The stores that shards write to, by shard.
+    pub fn stores(&self) -> impl Iterator<Item = StoreId> {
+        self.format.layout.stores.iter().copied().map(StoreId)
+    }
+
+    /// The stores that are only read.
+    pub fn draining(&self) -> impl Iterator<Item = StoreId> {
+        self.format.layout.draining.iter().copied().map(StoreId)
+    }
+
+    /// The layout for `shards` shards: new stores for all, and those of today drain.
+    pub fn layout_for(&self, shards: u16) -> Result<Layout, DataDirError> {
+        let old = &self.format.layout;
+        let next_store = old.next_store.checked_add(shards).filter(|&next| next <= STORES_MAX);
+        let next_store = next_store.ok_or_else(|| DataDirError::NoStoreLeft { dir: self.path.clone() })?;
+        let draining = old.draining.iter().chain(&old.stores).copied().collect();
+        Ok(Layout { stores: (old.next_store..next_store).collect(), draining, next_store })
+    }
+
+    /// Directories of stores that a start cut short made and never decided for are empty.
+    fn remove_unused(&self) -> Result<(), DataDirError> {
+        for entry in fs::read_dir(&self.path).map_err(at("list", &self.path))? {
+            let folder = entry.map_err(at("list", &self.path))?.path();
+            let name = folder.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let store = name.strip_prefix(STORE_PREFIX).and_then(|number| number.parse::<u16>().ok());
+            if store.is_some_and(|store| self.format.layout.next_store <= store)
+                && let Err(error) = fs::remove_dir(&folder)
+            {
+                tracing::warn!(folder = %folder.display(), %error, "there is no such store, and the directory is not empty");
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the directories of a layout that is about to be taken.
+    pub fn prepare(&self, layout: &Layout) -> Result<(), DataDirError> {
+        for &store in &layout.stores {
+            let folder = self.store(StoreId(store));
+            fs::create_dir_all(&folder).map_err(at("make the directory", &folder))?;
+        }
+        sync_folder(&self.path)
+    }
+
+    /// From here on the directory has this layout, whatever ends the process.
+    pub fn set_layout(&mut self, layout: Layout) -> Result<(), DataDirError> {
+        let format = Format { layout, ..self.format.clone() };
+        self.replace_format(&format)?;
+        self.format = format;
+        Ok(())
+    }
+
+    fn replace_format(&self, format: &Format) -> Result<(), DataDirError> {
+        replace_file(&self.path, FORMAT_FILE, &json(format))
     }
 
     /// Tells tools and tests where the node listens.
@@ -133,6 +219,11 @@ pub fn holder(dir: &Path) -> Option<Option<u32>> {
         Err(TryLockError::WouldBlock) => Some(read_pid(&mut file)),
         Ok(()) | Err(TryLockError::Error(_)) => None,
     }
+}
+
+/// Whether a node made it.
+pub fn is_made(dir: &Path) -> bool {
+    dir.join(FORMAT_FILE).exists()
 }
 
 /// What `ports.json` says, if there is one.
@@ -183,10 +274,37 @@ fn read_format(dir: &Path) -> Result<Option<Format>, DataDirError> {
     let damaged = |error: serde_json::Error| DataDirError::Damaged { file: file.clone(), reason: error.to_string() };
     // The version first: what another one says beside it is not ours to judge.
     let value: serde_json::Value = serde_json::from_str(&text).map_err(damaged)?;
-    match value.get("format").and_then(serde_json::Value::as_u64) {
-        Some(found) if found != u64::from(FORMAT) => Err(DataDirError::OtherFormat { dir: dir.to_owned(), found }),
-        Some(_) => serde_json::from_value(value).map(Some).map_err(damaged),
-        None => Err(DataDirError::Damaged { file, reason: "it names no format".to_owned() }),
+    let format: Format = match value.get("format").and_then(serde_json::Value::as_u64) {
+        Some(1) => {
+            let one: FormatOne = serde_json::from_value(value).map_err(damaged)?;
+            Format { format: 1, node: one.node, incarnation: one.incarnation, layout: Layout::new(one.shards) }
+        }
+        Some(found) if found == u64::from(FORMAT) => serde_json::from_value(value).map_err(damaged)?,
+        Some(found) => return Err(DataDirError::OtherFormat { dir: dir.to_owned(), found }),
+        None => return Err(DataDirError::Damaged { file, reason: "it names no format".to_owned() }),
+    };
+    match format.layout.contradiction() {
+        None => Ok(Some(format)),
+        Some(reason) => Err(DataDirError::Damaged { file, reason: reason.to_owned() }),
+    }
+}
+
+impl Layout {
+    /// Of a directory that never had another number of shards.
+    fn new(shards: u16) -> Layout {
+        Layout { stores: (0..shards).collect(), draining: Vec::new(), next_store: shards }
+    }
+
+    fn contradiction(&self) -> Option<&'static str> {
+        let mut all: Vec<u16> = self.stores.iter().chain(&self.draining).copied().collect();
+        all.sort_unstable();
+        if self.stores.is_empty() {
+            return Some("it names no store");
+        }
+        if STORES_MAX < self.next_store || all.iter().any(|&store| self.next_store <= store) {
+            return Some("a store has a number that was not given out yet");
+        }
+        all.windows(2).any(|pair| pair[0] == pair[1]).then_some("a store is in it twice")
     }
 }
 
@@ -208,7 +326,7 @@ fn make_format(dir: &Path, config: &NodeConfig) -> Result<Format, DataDirError> 
         .and_then(|mut file| file.read_exact(&mut random))
         .map_err(at("read", Path::new("/dev/urandom")))?;
     let incarnation = random.iter().map(|byte| format!("{byte:02x}")).collect();
-    let format = Format { format: FORMAT, node: config.node_id, incarnation, shards: config.shards };
+    let format = Format { format: FORMAT, node: config.node_id, incarnation, layout: Layout::new(config.shards) };
     replace_file(dir, FORMAT_FILE, &json(&format))?;
     Ok(format)
 }
@@ -272,7 +390,7 @@ mod tests {
         let first = DataDir::open(&config).unwrap();
         assert!(first.is_new());
         assert_eq!(first.format().incarnation.len(), 32);
-        assert!(first.shard(ShardId(1)).ends_with("shard-001") && first.shard(ShardId(1)).is_dir());
+        assert!(first.store(StoreId(1)).ends_with("shard-001") && first.store(StoreId(1)).is_dir());
         let format = first.format().clone();
         drop(first);
         let second = DataDir::open(&config).unwrap();
@@ -295,23 +413,78 @@ mod tests {
     }
 
     #[test]
-    fn directories_of_another_format_node_or_shard_count_are_refused() {
+    fn directories_of_another_format_or_node_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let config = config(folder.path());
         drop(DataDir::open(&config).unwrap());
         let other = NodeConfig { node_id: 2, ..config.clone() };
         assert!(matches!(DataDir::open(&other), Err(DataDirError::OtherNode { found: 1, configured: 2, .. })));
-        let other = NodeConfig { shards: 3, ..config.clone() };
-        assert!(matches!(DataDir::open(&other), Err(DataDirError::OtherShards { found: 2, configured: 3, .. })));
         let file = config.data_dir.join(FORMAT_FILE);
         fs::write(&file, r#"{"format":7,"cells":[]}"#).unwrap();
         assert!(matches!(DataDir::open(&config), Err(DataDirError::OtherFormat { found: 7, .. })));
-        for damaged in ["", "{", "{}", r#"{"format":1}"#, "\u{0}"] {
+        for damaged in ["", "{", "{}", r#"{"format":1}"#, r#"{"format":2}"#, "\u{0}"] {
             fs::write(&file, damaged).unwrap();
             assert!(matches!(DataDir::open(&config), Err(DataDirError::Damaged { .. })), "{damaged}");
         }
         fs::write(&file, [0xff, 0xfe]).unwrap();
         assert!(matches!(DataDir::open(&config), Err(DataDirError::Damaged { .. })));
+    }
+
+    #[test]
+    fn a_directory_of_format_1_is_upgraded_in_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config(folder.path());
+        fs::create_dir_all(&config.data_dir).unwrap();
+        let file = config.data_dir.join(FORMAT_FILE);
+        fs::write(&file, r#"{"format":1,"node":1,"incarnation":"00ff","shards":3}"#).unwrap();
+        for _ in 0..2 {
+            // Opened with another number than it was written with: that is for the layout to follow later.
+            let dir = DataDir::open(&config).unwrap();
+            let expected = Layout { stores: vec![0, 1, 2], draining: Vec::new(), next_store: 3 };
+            assert_eq!(dir.format().layout, expected);
+            assert_eq!((dir.format().format, &dir.format().incarnation[..]), (2, "00ff"));
+            assert!(!dir.is_new());
+        }
+        let text = fs::read_to_string(&file).unwrap();
+        assert_eq!(
+            text,
+            "{\"format\":2,\"node\":1,\"incarnation\":\"00ff\",\"stores\":[0,1,2],\"draining\":[],\"next_store\":3}\n"
+        );
+    }
+
+    #[test]
+    fn a_layout_gives_every_store_a_number_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut dir = DataDir::open(&config(folder.path())).unwrap();
+        for (shards, stores, draining) in [(3, 2..5, 0..2), (1, 5..6, 0..5)] {
+            let layout = dir.layout_for(shards).unwrap();
+            assert_eq!(layout.stores, stores.collect::<Vec<u16>>());
+            assert_eq!(layout.draining, draining.collect::<Vec<u16>>());
+            assert_eq!(layout.contradiction(), None);
+            dir.prepare(&layout).unwrap();
+            dir.set_layout(layout).unwrap();
+        }
+        drop(dir);
+        let config = config(folder.path());
+        fs::create_dir(config.data_dir.join("shard-017")).unwrap();
+        let mut dir = DataDir::open(&config).unwrap();
+        assert_eq!(dir.stores().collect::<Vec<_>>(), [StoreId(5)]);
+        assert!(!dir.store(StoreId(17)).exists(), "made by a start that was cut short");
+        let last = Layout { stores: vec![5], draining: Vec::new(), next_store: STORES_MAX - 1 };
+        dir.set_layout(last).unwrap();
+        assert!(matches!(dir.layout_for(2), Err(DataDirError::NoStoreLeft { .. })));
+        assert_eq!(dir.layout_for(1).unwrap().stores, [STORES_MAX - 1]);
+        drop(dir);
+        for damaged in [
+            r#""stores":[],"draining":[],"next_store":1"#,
+            r#""stores":[1,1],"draining":[],"next_store":2"#,
+            r#""stores":[1],"draining":[1],"next_store":2"#,
+            r#""stores":[2],"draining":[],"next_store":2"#,
+        ] {
+            let text = format!(r#"{{"format":2,"node":1,"incarnation":"00",{damaged}}}"#);
+            fs::write(config.data_dir.join(FORMAT_FILE), text).unwrap();
+            assert!(matches!(DataDir::open(&config), Err(DataDirError::Damaged { .. })), "{damaged}");
+        }
     }
 
     #[test]

@@ -34,4 +34,6 @@ pub struct ShardStats {
     pub store: StoreFigures,
     /// The shard takes no more publishes: a write or sync failed, as the shard or its store found. Gauge.
     pub read_only: bool,
+    /// Memory for receiving that connections and staged entries have. Gauge.
+    pub receive_bytes: u64,
 }

@@ -2,7 +2,8 @@
 //!
 //! Whoever reads on where the last read ended is a stream. A stream reads chunks ahead: adjacent extents of its
 //! partition in one read of the segment. It starts small and doubles its window while the reader follows. All streams
-//! share one budget, so that catching up takes nothing from the cache of the tail.
+//! share one budget, so that catching up takes nothing from the cache of the tail. What a reader was given counts as held
+//! by readers until it lets go, and when those hold much, chunks are small and nothing is read ahead.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -13,19 +14,23 @@ use std::time::Duration;
 use drava_protocol::PartitionId;
 use drava_runtime::local::Broadcast;
 
-use crate::block::{self, EXTENT_HEADER_BYTES, ExtentKind};
+use crate::block::{self, EXTENT_HEADER_BYTES};
+use crate::damage::FoundBy;
 use crate::index::ExtentRow;
 use crate::io::{ALIGNMENT, File, Io};
+use crate::memory::{Charge, Charged, RunMemory};
 use crate::store::{Inner, ReadError, Run};
 
 const CHUNK_BYTES_MAX: u64 = 1 << 20;
 /// Extents this far apart are still fetched with one read.
-const GAP_BYTES_MAX: u64 = 32 << 10;
+pub(crate) const GAP_BYTES_MAX: u64 = 32 << 10;
 const WINDOW_BYTES_MIN: u64 = 256 << 10;
 /// The budget of all streams, in read-ahead windows.
 const WINDOWS: u64 = 4;
 /// More readers than this at a time take turns.
 const STREAMS_MAX: usize = 256;
+/// A chunk while readers hold much.
+const CHUNK_BYTES_PRESSED: u64 = 128 << 10;
 const STREAM_IDLE: Duration = Duration::from_secs(5);
 /// Rows asked from the index at a time.
 const ROWS_FIRST: usize = 16;
@@ -39,7 +44,7 @@ pub(crate) struct Backlog {
     window_bytes_max: u64,
 }
 
-struct Stream {
+pub(crate) struct Stream {
     partition_index: u32,
     partition: PartitionId,
     chunks: RefCell<VecDeque<Rc<Chunk>>>,
@@ -65,12 +70,17 @@ struct Chunk {
 
 enum ChunkState {
     Reading,
-    Ready { memory: Rc<dyn AsRef<[u8]>>, pieces: Vec<Piece> },
+    Ready {
+        memory: Rc<dyn RunMemory>,
+        pieces: Vec<Piece>,
+    },
+    /// The messages lie elsewhere by now, or are deleted.
+    Moved,
     Failed(ReadError),
 }
 
-/// Good batches side by side in a chunk's memory.
-struct Piece {
+/// Good batches side by side in memory.
+pub(crate) struct Piece {
     offsets: Range<u64>,
     bytes: Range<usize>,
 }
@@ -81,12 +91,14 @@ impl Drop for Chunk {
     }
 }
 
-struct ReadMemory<R>(R);
-
-impl<R: std::ops::Deref<Target = [u8]>> AsRef<[u8]> for ReadMemory<R> {
-    fn as_ref(&self) -> &[u8] {
-        &self.0
-    }
+/// What came of planning the next chunk of a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Planned {
+    Chunk,
+    /// What follows is in the cache, or not there yet.
+    Nothing,
+    /// Readers hold as much as they may.
+    NoRoom,
 }
 
 impl Backlog {
@@ -103,6 +115,13 @@ impl Backlog {
     /// Forgets streams that nobody reads.
     pub(crate) fn expire(&self, now: Duration) {
         self.streams.borrow_mut().retain(|stream| now < stream.used_at.get() + STREAM_IDLE);
+    }
+
+    /// Extents of this partition were moved: what was planned and is not being read yet is asked again.
+    pub(crate) fn forget_rows(&self, partition_index: u32) {
+        for stream in self.streams.borrow().iter().filter(|stream| stream.partition_index == partition_index) {
+            stream.rows.borrow_mut().clear();
+        }
     }
 
     /// The stream that a read at `offset` goes on with, or a new one, and whether it is new.
@@ -137,6 +156,16 @@ impl Backlog {
     fn room(&self) -> bool {
         self.bytes.get() < self.bytes_max
     }
+
+    /// Forgets the stream, other than `stream`, that was not read for the longest and has chunks. `false`: there is none.
+    pub(crate) fn shed(&self, stream: Option<&Rc<Stream>>) -> bool {
+        let mut streams = self.streams.borrow_mut();
+        let is_other = |other: &Rc<Stream>| stream.is_none_or(|stream| !Rc::ptr_eq(other, stream));
+        let others = streams.iter().enumerate().filter(|(_, other)| is_other(other) && !other.is_empty());
+        let Some((index, _)) = others.min_by_key(|(_, other)| other.used_at.get()) else { return false };
+        streams.swap_remove(index);
+        true
+    }
 }
 
 impl Stream {
@@ -157,13 +186,19 @@ impl Stream {
         }
     }
 
+    /// It has nothing that takes memory.
+    fn is_empty(&self) -> bool {
+        self.chunks.borrow().is_empty()
+    }
+
     fn bytes_ahead(&self) -> u64 {
         self.chunks.borrow().iter().map(|chunk| chunk.bytes).sum()
     }
 }
 
 impl<I: Io, T: 'static> Inner<I, T> {
-    /// Reads from disk. `Ok(None)`: the messages are in memory after all.
+    /// Reads from disk; waits while readers hold as much memory as they may. `Ok(None)`: the messages are in memory after
+    /// all.
     pub(crate) async fn read_backlog(
         self: &Rc<Self>,
         partition_index: u32,
@@ -174,6 +209,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         let partition = self.partitions.borrow().list[partition_index as usize].partition;
         let (stream, new) = self.backlog.stream(partition_index, partition, offset, self.io.now());
         stream.drop_before(offset);
+        let bytes_max = self.answer_bytes_max(bytes_max);
         // A reader that jumps about gets what it asks for; one that goes on gets more and more ahead.
         let window_bytes = if new {
             WINDOW_BYTES_MIN.min(bytes_max as u64)
@@ -182,6 +218,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         };
         stream.window_bytes.set(window_bytes);
         let chunk = loop {
+            let freed = self.memory.freed().version();
             if let Some(chunk) = stream.chunk(offset) {
                 break chunk;
             }
@@ -190,11 +227,17 @@ impl<I: Io, T: 'static> Inner<I, T> {
                 self.backlog.streams.borrow_mut().retain(|other| !Rc::ptr_eq(other, &stream));
                 return Ok(None);
             }
-            if !self.plan(&stream).await? {
-                return Ok(None);
+            match self.plan(&stream).await? {
+                Planned::Chunk => {}
+                Planned::Nothing => return Ok(None),
+                // What was read ahead of others goes first; then they must let go.
+                Planned::NoRoom if self.backlog.shed(Some(&stream)) => {}
+                Planned::NoRoom => {
+                    self.memory.freed().changed(freed).await;
+                }
             }
         };
-        if !new && !stream.planning.get() && stream.bytes_ahead() < window_bytes && self.backlog.room() {
+        if !new && !stream.planning.get() && stream.bytes_ahead() < window_bytes && self.may_read_ahead() {
             let (inner, stream) = (self.clone(), stream.clone());
             self.io.spawn(async move { inner.read_ahead(&stream).await });
         }
@@ -210,6 +253,10 @@ impl<I: Io, T: 'static> Inner<I, T> {
                         ReadError::Damaged { range } => ReadError::Damaged { range: offset..range.end },
                         error => error,
                     }));
+                }
+                ChunkState::Moved => {
+                    self.backlog.streams.borrow_mut().retain(|other| !Rc::ptr_eq(other, &stream));
+                    return Ok(None);
                 }
                 ChunkState::Ready { memory, pieces } => {
                     let served = serve(memory, pieces, &chunk.offsets, offset, bytes_max, out);
@@ -231,20 +278,24 @@ impl<I: Io, T: 'static> Inner<I, T> {
         (offset < start_offset).then_some(ReadError::Trimmed { offset, start_offset })
     }
 
+    fn may_read_ahead(&self) -> bool {
+        self.backlog.room() && !self.memory.is_pressed()
+    }
+
     async fn read_ahead(self: Rc<Self>, stream: &Rc<Stream>) {
-        while stream.bytes_ahead() < stream.window_bytes.get() && self.backlog.room() {
+        while stream.bytes_ahead() < stream.window_bytes.get() && self.may_read_ahead() {
             // An error here comes again when somebody reads there.
-            if !matches!(self.plan(stream).await, Ok(true)) {
+            if !matches!(self.plan(stream).await, Ok(Planned::Chunk)) {
                 break;
             }
         }
     }
 
-    /// Adds one chunk to the stream and starts to read it. `false`: what follows is in the cache, or not there yet.
-    async fn plan(self: &Rc<Self>, stream: &Rc<Stream>) -> Result<bool, ReadError> {
+    /// Adds one chunk to the stream and starts to read it.
+    async fn plan(self: &Rc<Self>, stream: &Rc<Stream>) -> Result<Planned, ReadError> {
         if stream.planning.get() {
             stream.planned.changed(stream.planned.version()).await;
-            return Ok(true);
+            return Ok(Planned::Chunk);
         }
         stream.planning.set(true);
         let planned = self.plan_alone(stream).await;
@@ -253,10 +304,10 @@ impl<I: Io, T: 'static> Inner<I, T> {
         planned
     }
 
-    async fn plan_alone(self: &Rc<Self>, stream: &Rc<Stream>) -> Result<bool, ReadError> {
+    async fn plan_alone(self: &Rc<Self>, stream: &Rc<Stream>) -> Result<Planned, ReadError> {
         let offset = stream.next_offset.get();
         if offset == u64::MAX {
-            return Ok(false);
+            return Ok(Planned::Nothing);
         }
         stream.rows.borrow_mut().retain(|row| offset < row.next_offset);
         if stream.rows.borrow().is_empty() {
@@ -264,7 +315,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                 let partitions = self.partitions.borrow();
                 let partition = &partitions.list[stream.partition_index as usize];
                 if partition.end_offset <= offset {
-                    return Ok(false);
+                    return Ok(Planned::Nothing);
                 }
                 let in_tail = partition.tail.front().is_some_and(|extent| extent.first_offset <= offset);
                 if in_tail {
@@ -291,6 +342,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                 stream.rows.borrow_mut().extend(rows);
             }
         }
+        let chunk_bytes_max = if self.memory.is_pressed() { CHUNK_BYTES_PRESSED } else { CHUNK_BYTES_MAX };
         let mut extents = Vec::new();
         let offsets = {
             let mut rows = stream.rows.borrow_mut();
@@ -300,19 +352,24 @@ impl<I: Io, T: 'static> Inner<I, T> {
                 None => offset..end_offset,
                 Some(first) if offset < first.first_offset => offset..first.first_offset,
                 Some(first) => {
-                    if self.cache.borrow().get(first.block_sequence).is_some() {
-                        return Ok(false);
+                    if self.is_cached(&first) {
+                        rows.clear();
+                        return Ok(Planned::Nothing);
+                    }
+                    let first_bytes = EXTENT_HEADER_BYTES as u64 + first.body_bytes as u64;
+                    if !self.memory.admits(first_bytes.max(chunk_bytes_max) + 2 * ALIGNMENT as u64) {
+                        return Ok(Planned::NoRoom);
                     }
                     let mut next_offset = first.first_offset;
                     let mut end = first.position;
                     while let Some(row) = rows.front().copied() {
                         let row_end = row.position + EXTENT_HEADER_BYTES as u64 + row.body_bytes as u64;
                         let joins = row.first_offset == next_offset
-                            && row.segment == first.segment
+                            && (row.store, row.segment) == (first.store, first.segment)
                             && end <= row.position
                             && row.position - end <= GAP_BYTES_MAX
-                            && row_end - first.position <= CHUNK_BYTES_MAX
-                            && self.cache.borrow().get(row.block_sequence).is_none();
+                            && row_end - first.position <= chunk_bytes_max
+                            && !self.is_cached(&row);
                         if !(joins || extents.is_empty()) {
                             break;
                         }
@@ -330,6 +387,11 @@ impl<I: Io, T: 'static> Inner<I, T> {
             start..end.next_multiple_of(ALIGNMENT as u64)
         });
         let bytes = span.as_ref().map_or(0, |span| span.end - span.start);
+        if span.is_none() {
+            self.report_hole(stream.partition, offsets.start, None, FoundBy::Read).await;
+        }
+        self.make_room(self.staging.borrow().memory_bytes(), bytes);
+        let charge = self.memory.charge(bytes);
         let budget = self.backlog.bytes.clone();
         budget.set(budget.get() + bytes);
         let state = match &span {
@@ -342,12 +404,30 @@ impl<I: Io, T: 'static> Inner<I, T> {
         if let Some(span) = span {
             let (inner, partition) = (self.clone(), stream.partition);
             self.io.spawn(async move {
-                let state = inner.fetch(partition, &extents, span).await.unwrap_or_else(ChunkState::Failed);
+                let state = inner.fetch(partition, &extents, span, charge).await.unwrap_or_else(ChunkState::Failed);
                 *chunk.state.borrow_mut() = state;
                 chunk.ready.notify_all();
             });
         }
-        Ok(true)
+        Ok(Planned::Chunk)
+    }
+
+    /// Blocks of compacted segments and of other stores are numbered on their own and never in the cache.
+    fn is_cached(&self, row: &ExtentRow) -> bool {
+        row.store.is_none()
+            && self.journal.is_journal(row.segment)
+            && self.cache.borrow().get(row.block_sequence).is_some()
+    }
+
+    /// Whether a reader that planned with this row would have to ask again.
+    #[cfg(test)]
+    pub(crate) async fn has_moved(&self, partition: PartitionId, row: ExtentRow) -> bool {
+        let start = row.position & !(ALIGNMENT as u64 - 1);
+        let end = row.position + EXTENT_HEADER_BYTES as u64 + row.body_bytes as u64;
+        let span = start..end.next_multiple_of(ALIGNMENT as u64);
+        let charge = self.memory.charge(span.end - span.start);
+        let fetched = self.fetch(partition, &[row], span, charge).await;
+        matches!(fetched, Ok(ChunkState::Moved))
     }
 
     /// Reads extents that lie within `span` of one segment and checks that they are what was asked for.
@@ -356,61 +436,123 @@ impl<I: Io, T: 'static> Inner<I, T> {
         partition: PartitionId,
         extents: &[ExtentRow],
         span: Range<u64>,
+        charge: Charge,
     ) -> Result<ChunkState, ReadError> {
         let segment = extents[0].segment;
+        let generation = self.generation_of(&extents[0]);
         let failed = |error: std::io::Error| ReadError::Io { segment: segment.0, message: error.to_string() };
-        let file = self.journal.file(segment).await.map_err(failed)?;
-        let read = file.read_at(span.start, (span.end - span.start) as usize).await.map_err(failed)?;
+        let span_bytes = (span.end - span.start) as usize;
+        let mut verify = self.config.verify_reads;
+        let memory: Rc<dyn RunMemory> = match self.file_of(&extents[0]).await {
+            Ok(file) => match file.read_at(span.start, span_bytes).await {
+                Ok(read) => Rc::new(Charged::new(read, charge)),
+                Err(error) if is_unreadable(&error) => {
+                    // What can be read of it is served. The rest is zeros, which no checksum lets pass.
+                    verify = true;
+                    let pages = read_pages(&*file, span.start, span_bytes).await.map_err(failed)?;
+                    Rc::new(Charged::new(pages, charge))
+                }
+                Err(error) => return Err(failed(error)),
+            },
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Rc::new(Charged::new(Vec::new(), charge)),
+            Err(error) => return Err(failed(error)),
+        };
+        if generation != self.generation_of(&extents[0]) {
+            // Nothing is live in a segment that is used again, and what was read may be new in part.
+            return Ok(ChunkState::Moved);
+        }
+        let read = memory.bytes();
         let mut figures = self.figures.get();
         figures.disk_read_bytes += read.len() as u64;
         self.figures.set(figures);
         let mut pieces = Vec::with_capacity(extents.len());
         for row in extents {
-            let start = (row.position - span.start) as usize;
-            let body_start = start + EXTENT_HEADER_BYTES;
-            let body = body_start..body_start + row.body_bytes as usize;
-            let found = read.get(start..body_start).and_then(|head| block::extent_header(head).ok());
-            let found = found.filter(|header| {
-                header.kind == ExtentKind::Data
-                    && header.ledger.partition == partition
-                    && header.ledger.sequence == row.ledger
-                    && header.first_entry == row.first_entry
-                    && header.base_offset == row.first_offset
-                    && header.next_offset() == row.next_offset
-                    && header.body_bytes == row.body_bytes
-                    && header.block_sequence == row.block_sequence
-            });
-            let (Some(header), Some(bytes)) = (found, read.get(body.clone())) else { continue };
-            if !self.config.verify_reads {
-                pieces.push(Piece { offsets: row.first_offset..row.next_offset, bytes: body });
-                continue;
+            let first = pieces.len();
+            good_pieces(partition, row, read, (row.position - span.start) as usize, verify, &mut pieces);
+            let missing = missing(row, &pieces[first..]);
+            if !missing.is_empty() && !self.report(partition, row, &missing, FoundBy::Read).await {
+                return Ok(ChunkState::Moved);
             }
-            // One piece when all is well, one between any two bad places otherwise.
-            let mut piece: Option<Piece> = None;
-            block::check_batches(&header, bytes, |batch, position| {
-                let offsets = batch.base_offset..batch.base_offset + batch.record_count as u64;
-                let start = body_start + position;
-                let end = start + drava_protocol::frame::padded(batch.batch_bytes as usize);
-                match &mut piece {
-                    Some(piece) if piece.offsets.end == offsets.start && piece.bytes.end == start => {
-                        piece.offsets.end = offsets.end;
-                        piece.bytes.end = end;
-                    }
-                    _ => pieces.extend(piece.replace(Piece { offsets, bytes: start..end })),
-                }
-            });
-            pieces.extend(piece);
         }
-        if let Some(first) = extents.first().filter(|_| pieces.is_empty()) {
-            tracing::error!(shard = self.config.shard.0, segment = segment.0, extent = ?first, "what is on disk is not what was written");
-        }
-        Ok(ChunkState::Ready { memory: Rc::new(ReadMemory(read)), pieces })
+        Ok(ChunkState::Ready { memory, pieces })
     }
+}
+
+/// Whether the disk says that it has lost what is there, as against not answering at all.
+pub(crate) fn is_unreadable(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EIO | libc::ENODATA | libc::EILSEQ))
+}
+
+/// Reads page by page what could not be read at once, with zeros for pages that are lost.
+pub(crate) async fn read_pages<F: File>(file: &F, start: u64, bytes: usize) -> std::io::Result<Vec<u8>> {
+    let mut out = vec![0; bytes];
+    for (index, page) in out.chunks_mut(ALIGNMENT).enumerate() {
+        match file.read_at(start + (index * ALIGNMENT) as u64, ALIGNMENT).await {
+            Ok(read) => {
+                let have = read.len().min(page.len());
+                page[..have].copy_from_slice(&read[..have]);
+            }
+            Err(error) if is_unreadable(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(out)
+}
+
+/// Appends the good batches of the extent that should be at `start` of `memory`: one piece when all is well, one between
+/// any two bad places otherwise. Without `verify` the extent's header alone is compared.
+pub(crate) fn good_pieces(
+    partition: PartitionId,
+    row: &ExtentRow,
+    memory: &[u8],
+    start: usize,
+    verify: bool,
+    pieces: &mut Vec<Piece>,
+) {
+    let body_start = start + EXTENT_HEADER_BYTES;
+    let body = body_start..body_start + row.body_bytes as usize;
+    let found = memory.get(start..body_start).and_then(|head| block::extent_header(head).ok());
+    let found = found.filter(|header| row.describes(partition, header));
+    let (Some(header), Some(bytes)) = (found, memory.get(body.clone())) else { return };
+    if !verify {
+        pieces.push(Piece { offsets: row.first_offset..row.next_offset, bytes: body });
+        return;
+    }
+    let mut piece: Option<Piece> = None;
+    block::check_batches(&header, bytes, |batch, position| {
+        let offsets = batch.base_offset..batch.base_offset + batch.record_count as u64;
+        let start = body_start + position;
+        let end = start + drava_protocol::frame::padded(batch.batch_bytes as usize);
+        match &mut piece {
+            Some(piece) if piece.offsets.end == offsets.start && piece.bytes.end == start => {
+                piece.offsets.end = offsets.end;
+                piece.bytes.end = end;
+            }
+            _ => pieces.extend(piece.replace(Piece { offsets, bytes: start..end })),
+        }
+    });
+    pieces.extend(piece);
+}
+
+/// The messages of an extent that none of its pieces has.
+pub(crate) fn missing(row: &ExtentRow, pieces: &[Piece]) -> Vec<Range<u64>> {
+    let mut missing = Vec::new();
+    let mut next_offset = row.first_offset;
+    for piece in pieces {
+        if next_offset < piece.offsets.start {
+            missing.push(next_offset..piece.offsets.start);
+        }
+        next_offset = piece.offsets.end;
+    }
+    if next_offset < row.next_offset {
+        missing.push(next_offset..row.next_offset);
+    }
+    missing
 }
 
 /// Appends what the pieces have from `offset` on.
 fn serve(
-    memory: &Rc<dyn AsRef<[u8]>>,
+    memory: &Rc<dyn RunMemory>,
     pieces: &[Piece],
     chunk: &Range<u64>,
     mut offset: u64,
@@ -424,19 +566,14 @@ fn serve(
         if !piece.offsets.contains(&offset) {
             break;
         }
-        let bytes = &(**memory).as_ref()[piece.bytes.clone()];
+        let bytes = &memory.bytes()[piece.bytes.clone()];
         let Some(cut) = block::cut(bytes, piece.offsets.clone(), offset, left) else { break };
         let run_bytes = cut.end - cut.start;
         if served && left < run_bytes {
             break;
         }
-        out.push(Run {
-            memory: memory.clone(),
-            start: (piece.bytes.start + cut.start) as u32,
-            end: (piece.bytes.start + cut.end) as u32,
-            first_offset: cut.first_offset,
-            next_offset: cut.next_offset,
-        });
+        let place = piece.bytes.start + cut.start..piece.bytes.start + cut.end;
+        out.push(Run::new(memory.clone(), place, cut.first_offset..cut.next_offset));
         served = true;
         left = left.saturating_sub(run_bytes);
         offset = cut.next_offset;

@@ -13,6 +13,8 @@ pub(crate) struct BlockCache<I: Io> {
     first_sequence: u64,
     bytes: u64,
     bytes_max: u64,
+    /// Of the blocks alone.
+    block_bytes: u64,
 }
 
 struct Slot<I: Io> {
@@ -24,29 +26,41 @@ struct Slot<I: Io> {
 
 /// What the bookkeeping for one cached extent takes, in bytes.
 const EXTENT_OVERHEAD_BYTES: u64 = 96;
+/// The same for a slot, whether there is a block in it or not: one block that is wanted for long keeps all slots behind
+/// it, however empty.
+const SLOT_BYTES: u64 = 64;
 
 impl<I: Io> BlockCache<I> {
     pub(crate) fn new(first_sequence: u64, bytes_max: u64) -> BlockCache<I> {
-        BlockCache { slots: VecDeque::new(), first_sequence, bytes: 0, bytes_max }
+        BlockCache { slots: VecDeque::new(), first_sequence, bytes: 0, bytes_max, block_bytes: 0 }
     }
 
     /// Adds the next block, `extents` of which are worth keeping, and lets the oldest go.
     pub(crate) fn insert(&mut self, sequence: u64, block: Rc<Block<I>>, extents: u32) {
         assert!(sequence == self.end_sequence(), "block {sequence} after {}", self.end_sequence());
-        let bytes = block.bytes().len() as u64 + extents as u64 * EXTENT_OVERHEAD_BYTES;
-        if extents == 0 {
-            self.slots.push_back(Slot { block: None, extents, bytes: 0 });
-        } else {
-            self.bytes += bytes;
-            self.slots.push_back(Slot { block: Some(block), extents, bytes });
+        let mut slot = Slot { block: None, extents, bytes: SLOT_BYTES };
+        if 0 < extents {
+            let block_bytes = block.bytes().len() as u64;
+            self.block_bytes += block_bytes;
+            slot.bytes += block_bytes + extents as u64 * EXTENT_OVERHEAD_BYTES;
+            slot.block = Some(block);
         }
+        self.bytes += slot.bytes;
+        self.slots.push_back(slot);
         while self.bytes_max < self.bytes || self.slots.front().is_some_and(|slot| slot.block.is_none()) {
-            let Some(slot) = self.slots.pop_front() else { break };
-            self.first_sequence += 1;
-            if slot.block.is_some() {
-                self.bytes -= slot.bytes;
-            }
+            self.evict();
         }
+    }
+
+    /// Lets the oldest block go. `false`: there is none.
+    pub(crate) fn evict(&mut self) -> bool {
+        let Some(slot) = self.slots.pop_front() else { return false };
+        self.first_sequence += 1;
+        self.bytes -= slot.bytes;
+        if let Some(block) = slot.block {
+            self.block_bytes -= block.bytes().len() as u64;
+        }
+        true
     }
 
     pub(crate) fn get(&self, sequence: u64) -> Option<&Rc<Block<I>>> {
@@ -59,8 +73,12 @@ impl<I: Io> BlockCache<I> {
         let Some(index) = sequence.checked_sub(self.first_sequence) else { return };
         let Some(slot) = self.slots.get_mut(index as usize) else { return };
         slot.extents = slot.extents.saturating_sub(1);
-        if slot.extents == 0 && slot.block.take().is_some() {
-            self.bytes -= slot.bytes;
+        if slot.extents == 0
+            && let Some(block) = slot.block.take()
+        {
+            self.block_bytes -= block.bytes().len() as u64;
+            self.bytes -= slot.bytes - SLOT_BYTES;
+            slot.bytes = SLOT_BYTES;
         }
     }
 
@@ -69,8 +87,13 @@ impl<I: Io> BlockCache<I> {
         self.first_sequence
     }
 
+    /// Of the blocks, with what is remembered of them.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    pub(crate) fn block_bytes(&self) -> u64 {
+        self.block_bytes
     }
 
     fn end_sequence(&self) -> u64 {

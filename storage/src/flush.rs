@@ -5,14 +5,18 @@
 //! So one writer alone waits for nobody, and many writers share a write without a timer.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
+
+use drava_protocol::PartitionId;
 
 use crate::block::{BlockWriter, ExtentKind};
 use crate::index::{Covered, ExtentRow, IndexBatch};
 use crate::io::{ALIGNMENT, Io};
 use crate::journal::Completed;
 use crate::pool::{self, Block};
+use crate::segment::SegmentId;
 use crate::stage::{Group, StagedExtent};
 use crate::state::{Checkpoint, RowChange, StateBatch};
 use crate::store::{FlushError, FlushSink, Inner, Partitions};
@@ -25,6 +29,8 @@ const INDEX_BYTES_MIN: u64 = 32 << 20;
 pub(crate) const HOUSEKEEPING: Duration = Duration::from_millis(500);
 /// The index is made durable after this long, if anything changed, so that dead segments can be used again.
 const INDEX_FLUSH_INTERVAL: Duration = Duration::from_secs(10);
+/// What a row takes in a batch, beside the bytes of its key and value.
+const INDEX_ROW_BYTES: u64 = size_of::<(PartitionId, ExtentRow)>() as u64;
 /// Partitions looked at in one round of housekeeping before others may run.
 const HOUSEKEEPING_BITE: usize = 256;
 
@@ -52,6 +58,9 @@ pub(crate) struct Indexing {
     pub(crate) generation: u64,
     pub(crate) wanted: bool,
     pub(crate) flush_wanted: bool,
+    /// Bytes that the index has let go since it was last made durable. Until then a crash brings the rows back that point
+    /// to them, so they keep their segments.
+    pub(crate) released: BTreeMap<SegmentId, u64>,
 }
 
 impl<I: Io, T: 'static> Inner<I, T> {
@@ -181,8 +190,13 @@ impl<I: Io, T: 'static> Inner<I, T> {
             indexing.generation = placement.id.generation;
             indexing.batch.generations.push((placement.segment, placement.id.generation));
         }
-        let data = group.extents.iter().filter(|extent| extent.header.kind == ExtentKind::Data).count() as u32;
-        cache.insert(sequence, Rc::new(block), data);
+        let wanted = group.extents.iter().filter(|extent| {
+            extent.header.kind == ExtentKind::Data && partitions.list[extent.partition_index as usize].is_cached()
+        });
+        let wanted = wanted.count() as u32;
+        block.written();
+        cache.insert(sequence, Rc::new(block), wanted);
+        let mut index_bytes = 0;
         let mut live_bytes = 0;
         for index in 0..group.extents.len() {
             let extent = &group.extents[index];
@@ -205,16 +219,21 @@ impl<I: Io, T: 'static> Inner<I, T> {
                     entry_count: header.entry_count,
                     max_append_time_ms: header.max_append_time_ms,
                     block_sequence: sequence,
+                    store: None,
                 };
                 partition.extend(row);
                 let first_cached = cache.first_sequence();
                 partition.limit_cache(row.body_bytes as u64, first_cached, |sequence| cache.release(sequence));
                 partition.trim_tail(cache.first_sequence(), indexing.indexed_sequence);
+                partition.count_memory(&self.memory);
                 indexing.batch.extents.push((partition.partition, row));
+                index_bytes += INDEX_ROW_BYTES;
                 live_bytes += row.body_bytes as u64;
                 continue;
             }
             let batch = &mut indexing.batch;
+            index_bytes += group.extents[index].header.body_bytes as u64;
+            index_bytes += group.extents[index].header.entry_count as u64 * INDEX_ROW_BYTES;
             group.take_rows(index, |change| match change {
                 RowChange::Put { key, value } => batch.state.push((partition.partition, key, Some(value))),
                 RowChange::Delete { key } => batch.state.push((partition.partition, key, None)),
@@ -236,6 +255,9 @@ impl<I: Io, T: 'static> Inner<I, T> {
             });
         }
         self.journal.add_live(placement.segment, live_bytes);
+        self.memory.index_waits(index_bytes);
+        drop(cache);
+        self.make_room(self.staging.borrow().memory_bytes(), 0);
         indexing.covered = Covered { end: completed.end, sealed: false };
         // The index has nothing to learn of a mark.
         indexing.changed |= !is_mark;
@@ -259,6 +281,12 @@ impl<I: Io, T: 'static> Inner<I, T> {
         if !enough || self.config.flushes_in_flight_max <= in_flight || self.journal.is_marking() {
             return false;
         }
+        if self.memory.index_is_behind() {
+            // What is durable must stay in memory until the index has it. The next batch wakes the flusher.
+            self.indexing.borrow_mut().wanted = true;
+            self.index_woken.notify();
+            return false;
+        }
         let mut block_bytes = pool::class_bytes(body_bytes);
         let mut placement = self.journal.place(block_bytes as u64);
         if placement.is_none() && self.journal.has_room(block_bytes as u64) {
@@ -271,6 +299,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
             placement = self.journal.place(block_bytes as u64);
         }
         let Some(placement) = placement else { return false };
+        self.make_room(staging.memory_bytes(), block_bytes as u64);
         let mut group = staging.take_front().expect("it was looked at");
         drop(staging);
         self.in_flight_bytes.set(self.in_flight_bytes.get() + group.body_bytes as u64);
@@ -282,6 +311,12 @@ impl<I: Io, T: 'static> Inner<I, T> {
         let block = Block::new(buffer.clone(), self.pool.clone());
         self.journal.write(placement, buffer, crc, Flushing { group, block });
         true
+    }
+
+    /// The cache lets go of what the others need.
+    pub(crate) fn make_room(&self, staged: u64, more: u64) {
+        let mut cache = self.cache.borrow_mut();
+        while self.memory.is_over(staged, more) && cache.evict() {}
     }
 
     /// Sends index batches, one at a time; while the thread is busy the next one gathers.
@@ -355,6 +390,8 @@ impl<I: Io, T: 'static> Inner<I, T> {
             batch.ledgers.dedup_by_key(|(ledger, _)| *ledger);
             batch.covered = Covered { sealed, ..indexing.covered };
             batch.flush = flush;
+            batch.damage = self.damage.borrow_mut().take_changes();
+            batch.scrub = self.scrub.borrow_mut().take_change();
             indexing.wanted = false;
             indexing.flush_wanted = false;
             indexing.changed = false;
@@ -363,19 +400,28 @@ impl<I: Io, T: 'static> Inner<I, T> {
             let unflushed_bytes = std::mem::take(&mut indexing.unflushed_bytes);
             (batch, unflushed_bytes, indexing.covered.end.next_sequence.saturating_sub(1))
         };
+        let sent_bytes = self.memory.index_bytes();
         let applied = self.index.apply(batch).await.map_err(|error| FlushError::Index(error.to_string()))?;
-        for (segment, bytes) in applied.released {
-            self.journal.remove_live(segment, bytes);
-        }
+        self.memory.index_has(sent_bytes);
+        self.woken.notify();
+        self.foreign.release(&applied.released_foreign);
         let mut figures = self.figures.get();
         figures.index_batches += 1;
         self.figures.set(figures);
         let mut indexing = self.indexing.borrow_mut();
         indexing.indexed_sequence = indexing.indexed_sequence.max(covered_sequence);
+        for (segment, bytes) in applied.released {
+            *indexing.released.entry(segment).or_default() += bytes;
+        }
         if applied.flushed {
             indexing.flushed_at = self.io.now();
             indexing.unflushed = false;
+            let released = std::mem::take(&mut indexing.released);
             drop(indexing);
+            for (segment, bytes) in released {
+                self.journal.remove_live(segment, bytes);
+            }
+            self.foreign.flushed();
             self.journal.set_covered(covered_sequence);
         } else {
             indexing.unflushed_bytes += unflushed_bytes;
@@ -403,6 +449,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                 self.io.yield_if_needed().await;
             }
             self.backlog.expire(self.io.now());
+            self.tidy_damage();
             let mut indexing = self.indexing.borrow_mut();
             let flush_due = (indexing.unflushed || indexing.changed)
                 && (indexing.flushed_at + INDEX_FLUSH_INTERVAL <= self.io.now() || self.journal.waits_for_index());
@@ -414,12 +461,15 @@ impl<I: Io, T: 'static> Inner<I, T> {
         }
     }
 
-    fn tidy(&self, index: usize, now_ms: u64) {
+    pub(crate) fn tidy(&self, index: usize, now_ms: u64) {
         let indexed_sequence = self.indexing.borrow().indexed_sequence;
         let first_cached = self.cache.borrow().first_sequence();
         let mut partitions = self.partitions.borrow_mut();
         let partition = &mut partitions.list[index];
         partition.trim_tail(first_cached, indexed_sequence);
+        partition.shrink();
+        partition.stretch_roll();
+        partition.count_memory(&self.memory);
         if self.journal.is_failed() {
             return;
         }

@@ -14,6 +14,9 @@ pub mod glommio;
 /// All direct IO starts and ends at a multiple of this.
 pub const ALIGNMENT: usize = 4096;
 
+/// Whether files are opened so that a write to them is durable when it returns: all of this crate relies on it.
+pub const DURABLE_WRITES: bool = !cfg!(feature = "mutant-no-sync");
+
 /// A disk and a clock. Cheap to clone; clones are the same disk.
 pub trait Io: Clone + 'static {
     type File: File<Buffer = Self::Buffer> + 'static;

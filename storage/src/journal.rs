@@ -77,6 +77,28 @@ pub(crate) enum Role {
     Prepared,
     Active,
     Sealed,
+    /// The compactor writes to it.
+    Compacting,
+}
+
+/// A sealed segment with live extents, as the compactor sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SealedSegment {
+    pub(crate) id: SegmentId,
+    pub(crate) generation: u64,
+    pub(crate) bytes: u64,
+    pub(crate) live_bytes: u64,
+    pub(crate) kind: SegmentKind,
+}
+
+/// Whether the compactor waits for a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum CompactionSegment {
+    NotWanted,
+    Wanted,
+    Ready(SegmentId),
+    /// There is no room for one.
+    Refused,
 }
 
 /// Where the journal goes on.
@@ -123,6 +145,8 @@ pub(crate) struct Journal<I: Io, P> {
     /// Writes that the disk has not answered.
     writing: Cell<usize>,
     answered: Broadcast,
+    /// The compactor's segment is ready, or there will be none.
+    compaction_answered: Broadcast,
 }
 
 struct State<I: Io, P> {
@@ -145,6 +169,7 @@ struct State<I: Io, P> {
     opened: VecDeque<SegmentId>,
     recycled: u64,
     written_at: Duration,
+    compaction: CompactionSegment,
     /// Where the journal goes on after the last durable block.
     durable_end: JournalEnd,
     /// Blocks that do not count, as far as segments that may hold some are there.
@@ -181,7 +206,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
         let mut active = None;
         if let Some(end) = end {
             let slot = segments.get_mut(end.segment.0 as usize).and_then(Option::as_mut);
-            if let Some(segment) = slot.filter(|segment| segment.generation == end.generation) {
+            // Generation 0 is a segment that was made and not used: the node died before its header was written.
+            if let Some(segment) = slot.filter(|segment| 0 < end.generation && segment.generation == end.generation) {
                 segment.role = Role::Active;
                 active = Some((end.segment, end.position));
             }
@@ -213,6 +239,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 opened: VecDeque::new(),
                 recycled: 0,
                 written_at: Duration::ZERO,
+                compaction: CompactionSegment::NotWanted,
                 durable_end: end.unwrap_or(JournalEnd { next_sequence, ..JournalEnd::default() }),
                 cuts,
                 rolling: None,
@@ -226,6 +253,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
             stopped: Cell::new(false),
             writing: Cell::new(0),
             answered: Broadcast::default(),
+            compaction_answered: Broadcast::default(),
         }
     }
 
@@ -379,7 +407,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 }
                 // Its header has to say where the journal goes on; another is written.
                 Role::Prepared => segment.role = Role::Spare,
-                Role::Active | Role::Sealed | Role::Spare => {}
+                Role::Active | Role::Sealed | Role::Spare | Role::Compacting => {}
             }
         }
         state.failed = None;
@@ -525,11 +553,135 @@ impl<I: Io, P: 'static> Journal<I, P> {
         for segment in state.segments.iter().flatten() {
             match segment.role {
                 Role::Spare | Role::Prepared => figures.1 += 1,
-                Role::Active | Role::Sealed => figures.0 += 1,
+                Role::Active | Role::Sealed | Role::Compacting => figures.0 += 1,
             }
             figures.3 += segment.live_bytes;
         }
         figures
+    }
+
+    /// Segments that the compactor may take: covered, with something live in them, and before `sequence`. Oldest use
+    /// first.
+    pub(crate) fn sealed_before(&self, sequence: u64) -> Vec<SealedSegment> {
+        let state = self.state.borrow();
+        let mut found: Vec<_> = state
+            .segments
+            .iter()
+            .enumerate()
+            .filter_map(|(index, segment)| Some((index, segment.as_ref()?)))
+            .filter(|(_, segment)| {
+                segment.role == Role::Sealed
+                    && !segment.pinned
+                    && 0 < segment.live_bytes
+                    && segment.last_sequence < sequence
+                    && segment.last_sequence <= state.covered_sequence
+            })
+            .map(|(index, segment)| SealedSegment {
+                id: SegmentId(index as u32),
+                generation: segment.generation,
+                bytes: segment.bytes,
+                live_bytes: segment.live_bytes,
+                kind: segment.kind,
+            })
+            .collect();
+        found.sort_unstable_by_key(|segment| segment.generation);
+        found
+    }
+
+    /// Whether these segments may be used again once nothing in them is live.
+    pub(crate) fn pin(&self, segments: &[SegmentId], pinned: bool) {
+        let mut state = self.state.borrow_mut();
+        for id in segments {
+            if let Some(segment) = state.segments.get_mut(id.0 as usize).and_then(Option::as_mut) {
+                segment.pinned = pinned;
+            }
+        }
+        drop(state);
+        self.wanted.notify();
+    }
+
+    /// Whether the blocks in the segment are the journal's, numbered over its life.
+    pub(crate) fn is_journal(&self, id: SegmentId) -> bool {
+        let state = self.state.borrow();
+        let segment = state.segments.get(id.0 as usize).and_then(Option::as_ref);
+        segment.is_some_and(|segment| segment.kind == SegmentKind::Journal)
+    }
+
+    /// When something was last written to the journal.
+    pub(crate) fn written_at(&self) -> Duration {
+        self.state.borrow().written_at
+    }
+
+    /// A segment for the compactor to fill, with its generation and size. `None`: there is no room for one.
+    pub(crate) async fn segment_for_compaction(&self) -> Option<(SegmentId, u64, u64)> {
+        self.state.borrow_mut().compaction = CompactionSegment::Wanted;
+        self.wanted.notify();
+        loop {
+            let version = self.compaction_answered.version();
+            let answer = self.state.borrow().compaction;
+            let ready = match answer {
+                CompactionSegment::Ready(id) => Some(id),
+                CompactionSegment::Wanted if !self.stopped.get() && !self.is_failed() => None,
+                CompactionSegment::Wanted | CompactionSegment::Refused | CompactionSegment::NotWanted => return None,
+            };
+            if let Some(id) = ready {
+                let mut state = self.state.borrow_mut();
+                state.compaction = CompactionSegment::NotWanted;
+                let segment = state.segments[id.0 as usize].as_ref().expect("a segment made ready exists");
+                return Some((id, segment.generation, segment.bytes));
+            }
+            self.compaction_answered.changed(version).await;
+        }
+    }
+
+    /// Writes to the compactor's segment; durable when it returns.
+    pub(crate) async fn write_compacted(&self, id: SegmentId, buffer: Rc<I::Buffer>, position: u64) -> io::Result<()> {
+        let file = self.file(id).await?;
+        if self.stopped.get() {
+            return Err(io::Error::other("the journal is closed"));
+        }
+        self.writing.set(self.writing.get() + 1);
+        let written = file.write_at(buffer, position).await;
+        self.writing.set(self.writing.get() - 1);
+        self.answered.notify_all();
+        written
+    }
+
+    /// The compactor is done with its segment, which lives as long as something in it does.
+    pub(crate) fn seal_compacted(&self, id: SegmentId) {
+        let mut state = self.state.borrow_mut();
+        if let Some(segment) = state.segments[id.0 as usize].as_mut() {
+            segment.role = Role::Sealed;
+        }
+        state.opened.push_back(id);
+        state.close_some();
+        drop(state);
+        self.wanted.notify();
+    }
+
+    /// Which use of a segment this is; `None`: there is no such segment, or it holds nothing.
+    pub(crate) fn generation(&self, id: SegmentId) -> Option<u64> {
+        let state = self.state.borrow();
+        let segment = state.segments.get(id.0 as usize)?.as_ref()?;
+        (segment.role != Role::Spare && 0 < segment.generation).then_some(segment.generation)
+    }
+
+    /// Sealed segments in which something is live, in the order of their generations: generation, segment, bytes.
+    pub(crate) fn live_segments(&self) -> Vec<(u64, SegmentId, u64)> {
+        let state = self.state.borrow();
+        let all = state.segments.iter().enumerate();
+        let live = all.filter_map(|(index, segment)| Some((SegmentId(index as u32), segment.as_ref()?)));
+        let live = live.filter(|(_, segment)| segment.role == Role::Sealed && 0 < segment.live_bytes);
+        let mut found: Vec<_> = live.map(|(id, segment)| (segment.generation, id, segment.bytes)).collect();
+        found.sort_unstable();
+        found
+    }
+
+    /// Whether a write has been under way for longer than `limit`: background work makes room.
+    pub(crate) fn is_late(&self, limit: Duration) -> bool {
+        let state = self.state.borrow();
+        let unanswered = state.in_flight.iter().find(|entry| entry.result.is_none());
+        unanswered.is_some_and(|entry| entry.started + limit < self.io.now())
     }
 
     /// The file of a segment, opened when it is not open.
@@ -559,6 +711,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
     pub(crate) fn stop(&self) {
         self.stopped.set(true);
         self.wanted.notify();
+        self.compaction_answered.notify_all();
     }
 
     /// Has a segment ready when one is needed, until [`Journal::stop`].
@@ -574,6 +727,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 } else if self.state.borrow().full {
                     self.io.sleep(RETRY).await;
                 }
+            } else if self.state.borrow().compaction == CompactionSegment::Wanted {
+                self.prepare_for_compaction().await;
             } else if let Some(id) = self.surplus() {
                 if let Err(error) = self.remove(id).await {
                     tracing::warn!(shard = self.config.shard.0, error = %error, "a dead segment could not be removed");
@@ -590,6 +745,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 self.wanted.notified().await;
             }
         }
+        self.compaction_answered.notify_all();
     }
 
     fn is_rolling(&self) -> bool {
@@ -624,7 +780,11 @@ impl<I: Io, P: 'static> Journal<I, P> {
         let state = &mut *state;
         // A new journal starts in a segment that was merely allocated. Once there is a written one it moves over,
         // unless it has come too far to leave the rest of the segment empty.
-        let filled = state.segments.iter().flatten().any(|segment| segment.role == Role::Spare && segment.filled);
+        // One of another size, from before a change of the configuration, is never taken.
+        let filled =
+            state.segments.iter().flatten().any(|segment| {
+                segment.role == Role::Spare && segment.filled && segment.bytes == self.config.segment_bytes
+            });
         if let Some(id) = state.prepared {
             let segment = state.segments[id.0 as usize].as_mut().expect("a prepared segment exists");
             if segment.filled || !filled {
@@ -662,7 +822,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
         let state = self.state.borrow();
         let dead = |segment: &&Option<Segment<I::File>>| segment.as_ref().is_some_and(|s| state.is_dead(s));
         let odd = state.segments.iter().position(|segment| {
-            segment.as_ref().is_some_and(|s| state.is_dead(s) && s.bytes != self.config.segment_bytes)
+            let unused = |s: &Segment<I::File>| s.role == Role::Spare || state.is_dead(s);
+            segment.as_ref().is_some_and(|s| unused(s) && s.bytes != self.config.segment_bytes)
         });
         let kept = if self.is_quiet() { DEAD_KEPT } else { DEAD_KEPT_BUSY };
         let many = self.config.segments_spare + kept < state.segments.iter().filter(dead).count();
@@ -687,6 +848,22 @@ impl<I: Io, P: 'static> Journal<I, P> {
 
     /// Makes the first segment of a new journal ready, or the next.
     pub(crate) async fn prepare(&self) -> io::Result<()> {
+        self.prepare_for(SegmentKind::Journal).await
+    }
+
+    async fn prepare_for_compaction(&self) {
+        if let Err(error) = self.prepare_for(SegmentKind::Compacted).await {
+            tracing::warn!(shard = self.config.shard.0, error = %error, "no segment could be made for compaction");
+        }
+        let mut state = self.state.borrow_mut();
+        if state.compaction == CompactionSegment::Wanted {
+            state.compaction = CompactionSegment::Refused;
+        }
+        drop(state);
+        self.compaction_answered.notify_all();
+    }
+
+    async fn prepare_for(&self, kind: SegmentKind) -> io::Result<()> {
         let found = {
             let mut state = self.state.borrow_mut();
             let state = &mut *state;
@@ -700,11 +877,15 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 best.map(|(index, _)| index)
             };
             state.recycled += u64::from(dead.is_some());
-            dead.or_else(spare).map(|index| SegmentId(index as u32))
+            // Spares are for the journal: compaction has the time to make a segment.
+            let spare = if kind == SegmentKind::Journal { spare() } else { None };
+            dead.or(spare).map(|index| SegmentId(index as u32))
         };
         tracing::debug!(shard = self.config.shard.0, ?found, "making the next segment ready");
         let id = match found {
             Some(id) => id,
+            // That there is no room for compaction does not mean that the journal has none.
+            None if kind == SegmentKind::Compacted && !self.has_free_room().await? => return Ok(()),
             None => match self.create().await? {
                 Some(id) => id,
                 None => return Ok(()),
@@ -714,10 +895,15 @@ impl<I: Io, P: 'static> Journal<I, P> {
         let (generation, cuts, rolls) = {
             let mut state = self.state.borrow_mut();
             state.generation += 1;
-            (state.generation, state.cuts_for(id, state.generation), state.rolls)
+            // Cuts are about the chain, which compacted segments are no part of.
+            let cuts = match kind {
+                SegmentKind::Journal => state.cuts_for(id, state.generation),
+                SegmentKind::Compacted => Vec::new(),
+            };
+            (state.generation, cuts, state.rolls)
         };
         let mut buffer = self.io.buffer(ALIGNMENT);
-        let header = SegmentHeader { shard: self.config.shard, segment: id, generation, kind: SegmentKind::Journal };
+        let header = SegmentHeader { shard: self.config.shard, segment: id, generation, kind };
         segment::encode(&header, buffer.as_mut());
         segment::encode_cuts(&cuts, buffer.as_mut());
         file.write_at(Rc::new(buffer), 0).await?;
@@ -726,25 +912,38 @@ impl<I: Io, P: 'static> Journal<I, P> {
         state.opened.retain(|opened| *opened != id);
         let segment = state.segments[id.0 as usize].as_mut().expect("found or made above");
         segment.generation = generation;
+        segment.kind = kind;
         segment.cuts.clone_from(&cuts);
-        segment.kind = SegmentKind::Journal;
-        if rolled {
+        if rolled && kind == SegmentKind::Journal {
             // A write failed in the meantime, and this header does not say so.
             segment.role = Role::Spare;
             return Ok(());
         }
-        segment.role = Role::Prepared;
         segment.live_bytes = 0;
         segment.last_sequence = 0;
         segment.file = Some(file);
-        state.prepared = Some(id);
-        state.full = false;
-        state.cuts = cuts;
-        state.rolling = None;
+        match kind {
+            SegmentKind::Journal => {
+                segment.role = Role::Prepared;
+                state.prepared = Some(id);
+                state.full = false;
+                state.cuts = cuts;
+                state.rolling = None;
+            }
+            SegmentKind::Compacted => {
+                segment.role = Role::Compacting;
+                state.compaction = CompactionSegment::Ready(id);
+            }
+        }
         drop(state);
         tracing::debug!(shard = self.config.shard.0, segment = id.0, "the next segment is ready");
         self.woken.notify();
         Ok(())
+    }
+
+    async fn has_free_room(&self) -> io::Result<bool> {
+        let free_bytes = self.io.free_bytes(&self.config.dir).await?;
+        Ok(self.config.disk_reserve_bytes.saturating_add(self.config.segment_bytes) <= free_bytes)
     }
 
     /// A new file. `None`: the disk has no room above the reserve.
@@ -856,7 +1055,10 @@ impl<I: Io, P> State<I, P> {
 
     /// Nothing in it is live or will be replayed.
     fn is_forgotten(&self, segment: &Segment<I::File>) -> bool {
-        segment.role == Role::Sealed && segment.live_bytes == 0 && segment.last_sequence <= self.covered_sequence
+        segment.role == Role::Sealed
+            && segment.live_bytes == 0
+            && segment.last_sequence <= self.covered_sequence
+            && !segment.pinned
     }
 
     fn close_some(&mut self) {

@@ -13,6 +13,10 @@ const ROLL_AGE_MIN: Duration = Duration::from_secs(1);
 const CONSUMED_ROLL_BYTES: u64 = 16 << 20;
 const CONSUMED_ROLL_AGE: Duration = Duration::from_secs(60);
 
+/// With each so many ledgers of a partition the next ones are twice as long. Every one is remembered: one an hour, in ten
+/// thousand partitions that keep all for ever, would fill the memory in a year.
+const LEDGERS_PER_DOUBLING: usize = 32;
+
 /// When a ledger is full or old. Retention deletes whole ledgers, so it wants them smaller than what it keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RollPolicy {
@@ -30,6 +34,15 @@ impl RollPolicy {
             age_max = age_max.min(CONSUMED_ROLL_AGE);
         }
         RollPolicy { bytes_max, age_max_ms: age_max.as_millis() as u64 }
+    }
+
+    /// For a partition that has so many ledgers.
+    pub(crate) fn stretched(&self, ledgers: usize) -> RollPolicy {
+        let times = 1u64 << (ledgers / LEDGERS_PER_DOUBLING).min(32);
+        RollPolicy {
+            bytes_max: self.bytes_max.saturating_mul(times),
+            age_max_ms: self.age_max_ms.saturating_mul(times),
+        }
     }
 }
 
@@ -155,6 +168,11 @@ impl Ledgers {
         self.bytes
     }
 
+    /// What the rows take in memory.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        (self.rows.capacity() * size_of::<(u32, LedgerRow)>()) as u64
+    }
+
     /// The first ledger with an entry of `time_ms` or later: its offsets.
     pub(crate) fn since(&self, time_ms: u64) -> Option<std::ops::Range<u64>> {
         let (_, row) = self.rows.iter().find(|(_, row)| time_ms <= row.max_append_time_ms)?;
@@ -246,6 +264,29 @@ mod tests {
         assert_eq!(writer.add(1, 40, &POLICY), (8, 0));
         assert_eq!(writer.add(1, 1039, &POLICY), (8, 1));
         assert_eq!(writer.add(1, 1040, &POLICY), (9, 0));
+    }
+
+    #[test]
+    fn a_partition_that_keeps_all_has_few_ledgers() {
+        const HOUR_MS: u64 = 3_600_000;
+        let policy = RollPolicy { bytes_max: u64::MAX, age_max_ms: HOUR_MS };
+        let mut ledgers = Ledgers::default();
+        let mut writer = Writer::default();
+        for hour in 0..10 * 365 * 24 {
+            let now_ms = hour * HOUR_MS;
+            let (sequence, _) = writer.add(1, now_ms, &policy.stretched(ledgers.count()));
+            let (first_offset, next_offset) = (hour, hour + 1);
+            ledgers.add(&Added {
+                sequence,
+                first_offset,
+                next_offset,
+                bytes: 1,
+                entries: 1,
+                max_append_time_ms: now_ms,
+            });
+        }
+        assert!(ledgers.count() < 400, "{} ledgers after ten years", ledgers.count());
+        assert!(32 < ledgers.count(), "the first are an hour each");
     }
 
     #[test]

@@ -11,38 +11,56 @@
 //! 6. Where extents lie goes to the index (`index`, RocksDB on a thread of its own), in batches that also say how far
 //!    into the journal they reach.
 //! 7. A reader behind the cache reads extents from the segments, with read-ahead (`backlog`).
-//! 8. `recovery` replays the journal from where the durable index ends. `ledger` says what may be deleted, `journal`
+//! 8. `compact` brings live extents together in segments of their own, where much is dead or lies apart.
+//! 9. `recovery` replays the journal from where the durable index ends. `ledger` says what may be deleted, `journal`
 //!    uses dead segments again.
 //!
+//! What all of this may hold in memory has one limit (`memory`); the cache gives way to the rest.
+//!
 //! A [`Store`] lives on the executor that opened it. Files and clocks are behind [`Io`]. Formats: `storage/README.md`.
+
+// The tests inside share what those outside have.
+#[cfg(test)]
+extern crate self as drava_storage;
 
 mod backlog;
 pub mod block;
 pub mod budget;
 mod cache;
 mod checkpoint;
+mod compact;
+mod damage;
 pub mod dump;
 mod flush;
+pub mod foreign;
 pub mod index;
 pub mod io;
 mod journal;
 mod ledger;
 mod managed_ledger;
 mod mark;
+mod memory;
 mod open;
 mod pool;
 mod rebuild;
 mod record_log;
 mod recovery;
+pub mod reshard;
+mod scrub;
 pub mod segment;
 mod stage;
 mod state;
 mod store;
+pub mod verify;
 
 pub use budget::Budget;
+pub use compact::CompactError;
+pub use damage::{Damage, DamagedMessages, DamagedPlace, FoundBy};
+pub use foreign::{ForeignStores, StoreId};
 pub use index::{Index, IndexDb, IndexError};
 pub use io::Io;
 pub use io::glommio::GlommioIo;
+pub use memory::MemoryFigures;
 pub use record_log::{RecordLog, RecordLogConfig, RecordPosition};
 pub use state::StateBatch;
 pub use store::{

@@ -6,15 +6,19 @@ use drava_protocol::{LedgerId, PartitionId};
 
 use crate::index::{ExtentRow, PartitionRow, Trim};
 use crate::ledger::{Added, Ledgers, RollPolicy, Writer};
+use crate::memory::Memory;
 use crate::stage::ChainPlace;
 use crate::store::PartitionLimits;
 
 /// Extents kept in memory although the index has them and their blocks are gone from the cache.
 const TAIL_EXTENTS_MIN: usize = 8;
+/// Room for extents that is not worth giving back.
+const TAIL_CAPACITY_MIN: usize = 4 * TAIL_EXTENTS_MIN;
 
 pub(crate) struct ManagedLedger {
     pub(crate) partition: PartitionId,
     pub(crate) limits: PartitionLimits,
+    /// When the next ledger begins: `roll_base` for the ledgers that there are.
     pub(crate) roll: RollPolicy,
     /// The owner has opened it since the store was opened: retention runs.
     pub(crate) opened: bool,
@@ -39,6 +43,9 @@ pub(crate) struct ManagedLedger {
     pub(crate) trimming: bool,
     /// It is in the list of those that the next index batch must write.
     pub(crate) touched: bool,
+    /// What `memory` was last told that it takes.
+    counted_bytes: u64,
+    roll_base: RollPolicy,
 }
 
 impl ManagedLedger {
@@ -63,6 +70,8 @@ impl ManagedLedger {
             cached_bytes: 0,
             trimming: false,
             touched: false,
+            counted_bytes: 0,
+            roll_base: roll,
         }
     }
 
@@ -87,9 +96,35 @@ impl ManagedLedger {
         self.tail.push_back(extent);
     }
 
+    /// Sets what it may keep.
+    pub(crate) fn limit(&mut self, limits: PartitionLimits, roll: RollPolicy) {
+        if limits.cache_bytes != self.limits.cache_bytes {
+            let from = self.limited.saturating_sub(self.popped) as usize;
+            self.cached_bytes = self.tail.iter().skip(from).map(|extent| extent.body_bytes as u64).sum();
+        }
+        self.limits = limits;
+        self.roll_base = roll;
+        self.stretch_roll();
+    }
+
+    /// Ledgers came or went.
+    pub(crate) fn stretch_roll(&mut self) {
+        self.roll = self.roll_base.stretched(self.ledgers.count());
+    }
+
+    /// Whether any of its extents may stay in the cache.
+    pub(crate) fn is_cached(&self) -> bool {
+        self.limits.cache_bytes != Some(0)
+    }
+
     /// Counts an extent that the cache has; `release` is told the blocks that the partition's limit lets go.
     pub(crate) fn limit_cache(&mut self, bytes: u64, first_cached_sequence: u64, mut release: impl FnMut(u64)) {
         let Some(limit) = self.limits.cache_bytes else { return };
+        if limit == 0 {
+            // The cache was never told to keep it.
+            self.limited = self.popped + self.tail.len() as u64;
+            return;
+        }
         self.cached_bytes += bytes;
         while limit < self.cached_bytes || self.front_is_evicted(first_cached_sequence) {
             let index = self.limited.saturating_sub(self.popped) as usize;
@@ -107,15 +142,32 @@ impl ManagedLedger {
         self.tail.get(index).is_some_and(|extent| extent.block_sequence < first_cached_sequence)
     }
 
-    /// Forgets extents that the index has and the cache has not.
+    /// Forgets extents that the index has and the cache has not, or not for this partition.
     pub(crate) fn trim_tail(&mut self, first_cached_sequence: u64, indexed_sequence: u64) {
         while TAIL_EXTENTS_MIN < self.tail.len() {
             let front = &self.tail[0];
-            if first_cached_sequence <= front.block_sequence || indexed_sequence < front.block_sequence {
+            let cached = first_cached_sequence <= front.block_sequence && self.limited <= self.popped;
+            if cached || indexed_sequence < front.block_sequence {
                 break;
             }
             self.pop_tail();
         }
+    }
+
+    /// Gives back what a burst made large.
+    pub(crate) fn shrink(&mut self) {
+        if TAIL_CAPACITY_MIN.max(4 * self.tail.len()) < self.tail.capacity() {
+            self.tail.shrink_to(2 * self.tail.len());
+        }
+    }
+
+    /// Tells `memory` what the partition takes now.
+    pub(crate) fn count_memory(&mut self, memory: &Memory) {
+        let tail_bytes = (self.tail.capacity() * size_of::<ExtentRow>()) as u64;
+        // The list of partitions grows by doubling.
+        let bytes = 2 * size_of::<ManagedLedger>() as u64 + tail_bytes + self.ledgers.memory_bytes();
+        memory.recount(self.counted_bytes, bytes);
+        self.counted_bytes = bytes;
     }
 
     fn pop_tail(&mut self) {
@@ -124,6 +176,13 @@ impl ManagedLedger {
         if self.limited < self.popped {
             self.limited = self.popped;
             self.cached_bytes = self.cached_bytes.saturating_sub(extent.body_bytes as u64);
+        }
+    }
+
+    /// Forgets the places of extents up to `next_offset`: the index has newer ones.
+    pub(crate) fn forget_tail(&mut self, next_offset: u64) {
+        while self.tail.front().is_some_and(|extent| extent.next_offset <= next_offset) {
+            self.pop_tail();
         }
     }
 

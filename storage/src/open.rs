@@ -12,25 +12,27 @@ use crate::backlog::Backlog;
 use crate::block::{ExtentHeader, ExtentKind};
 use crate::cache::BlockCache;
 use crate::checkpoint::Checkpoints;
+use crate::compact::Compactor;
+use crate::damage::Registry;
 use crate::flush::Indexing;
-use crate::index::{Covered, ExtentRow, Index, IndexBatch, IndexThread};
+use crate::foreign::Foreign;
+use crate::index::{Covered, ExtentRow, Index, IndexBatch, IndexThread, SegmentRow};
 use crate::io::{ALIGNMENT, Io};
 use crate::journal::{Journal, JournalConfig, JournalEnd, Role, Segment};
 use crate::ledger::{Ledgers, RollPolicy, Writer};
 use crate::managed_ledger::ManagedLedger;
+use crate::memory::Memory;
 use crate::pool::BufferPool;
 use crate::rebuild::Rebuild;
 use crate::recovery::{self, Visited, Visitor, open_error};
+use crate::scrub::Scrub;
 use crate::segment::{self, SegmentId, SegmentKind};
 use crate::stage::Staging;
-use crate::state::{Checkpoint, RowChange};
+use crate::state::{Checkpoint, RowChange, StateBatch};
 use crate::store::{
     Inner, OpenError, PartitionLimits, Partitions, Recovered, RecoveredPartition, ReplayedBatch, StoreConfig,
     StoreFigures,
 };
-
-/// Free buffers kept, beyond those that the cache holds: a few of the largest.
-const POOL_FREE_BYTES_MAX: usize = 32 << 20;
 
 /// What replay makes of the blocks.
 struct Replay {
@@ -46,17 +48,23 @@ pub(crate) async fn open<I: Io, T: 'static>(
     io: I,
     config: StoreConfig,
     index: Index,
+    derive: impl FnOnce(&[RecoveredPartition], &mut StateBatch),
 ) -> Result<(Inner<I, T>, Recovered), OpenError> {
     validate(&config)?;
     let started = io.now();
     let index = IndexThread::start(&io, index)?;
     let loaded = index.load().await?;
+    if loaded.covered.is_none() && config.foreign.is_some() {
+        return Err(OpenError::IndexLost {
+            stores: config.foreign.iter().flat_map(|f| f.dirs.values().cloned()).collect(),
+        });
+    }
     let known = |id: SegmentId| {
-        let found = loaded.segments.iter().find(|(segment, _, live)| *segment == id && 0 < *live);
-        found.map(|(_, generation, _)| (*generation, SegmentKind::Journal))
+        let found = loaded.segments.iter().find(|(segment, row)| *segment == id && 0 < row.live_bytes);
+        found.map(|(_, row)| (row.generation, row.kind))
     };
     let mut segments = recovery::survey(&io, &config.dir, config.shard, &known).await?;
-    for &(id, generation, live_bytes) in &loaded.segments {
+    for &(id, SegmentRow { generation, live_bytes, .. }) in &loaded.segments {
         match segments.get_mut(id.0 as usize).and_then(Option::as_mut) {
             Some(segment) if segment.generation == generation => segment.live_bytes = live_bytes,
             _ if live_bytes == 0 => {}
@@ -125,32 +133,45 @@ pub(crate) async fn open<I: Io, T: 'static>(
 
     let Replay { mut partitions, state, mut batches, index: mut batch, .. } = replay;
     let mut state = state;
-    let mut touched: Vec<(PartitionId, u32)> = batch.extents.iter().map(|(id, row)| (*id, row.ledger)).collect();
-    touched.sort_unstable();
-    touched.dedup();
-    for &(id, ledger) in &touched {
-        let Some(&slot) = partitions.by_id.get(&id) else { continue };
-        let partition = &partitions.list[slot as usize];
-        if let Some(row) = partition.ledgers.row(ledger) {
-            batch.ledgers.push((partition.ledger(ledger), row));
-        }
-    }
-    for partition in &mut partitions.list {
+    // What was replayed goes to the index with the first batch after the start, which has the state that the shard
+    // derives from it. Were it covered any earlier, a crash in between would leave the index without that state, and
+    // the entries would not be replayed again: a producer's retry would be appended twice.
+    let pending = 0 < replayed.blocks;
+    let mut touched = Vec::new();
+    for (slot, partition) in partitions.list.iter_mut().enumerate() {
         if partition.deleted {
             continue;
         }
         partition.next_offset = partition.end_offset;
         partition.writer = Writer::after(partition.row().last_ledger);
-        if 0 < replayed.blocks {
-            batch.partitions.push((partition.partition, partition.row()));
+        if pending {
+            partition.touched = true;
+            touched.push(slot as u32);
         }
     }
-    batch.covered = Covered { end, sealed: false };
-    batch.flush = true;
-    let mut released = Vec::new();
-    if 0 < replayed.blocks || sealed {
-        // What was replayed once is not replayed again; and from here on the journal is not closed any more.
-        released = index.apply(Box::new(batch)).await?.released;
+    let found: Vec<RecoveredPartition> = partitions
+        .by_id
+        .iter()
+        .map(|(id, slot)| {
+            let partition = &partitions.list[*slot as usize];
+            RecoveredPartition {
+                partition: *id,
+                start_offset: partition.start_offset,
+                end_offset: partition.end_offset,
+                state: state.remove(id).unwrap_or_default().into_iter().collect(),
+                replayed: batches.remove(id).unwrap_or_default(),
+            }
+        })
+        .collect();
+    let mut derived = StateBatch::default();
+    derive(&found, &mut derived);
+    batch.state.append(&mut derived.rows);
+    let foreign = Foreign::new(io.clone(), config.foreign.clone(), loaded.foreign);
+    let known_end = covered.map_or(JournalEnd { next_sequence: 1, ..JournalEnd::default() }, |covered| covered.end);
+    if sealed {
+        // From here on the journal is not closed any more.
+        let covered = Covered { end: known_end, sealed: false };
+        index.apply(Box::new(IndexBatch { covered, flush: true, ..IndexBatch::default() })).await?;
     }
 
     let woken = Rc::new(Notify::default());
@@ -167,34 +188,24 @@ pub(crate) async fn open<I: Io, T: 'static>(
         Some(end),
         woken.clone(),
     ));
-    for (segment, bytes) in released {
-        journal.remove_live(segment, bytes);
-    }
-    journal.set_covered(end.next_sequence - 1);
+    let indexed_sequence = known_end.next_sequence - 1;
+    journal.set_covered(indexed_sequence);
     journal.set_checkpoint(checkpoint);
     if !journal.has_segment() {
         journal.prepare().await.map_err(open_error("make the first journal segment"))?;
     }
-    let indexed_sequence = end.next_sequence - 1;
+    let memory = Rc::new(Memory::new(config.memory_bytes));
     for partition in &mut partitions.list {
         partition.trim_tail(end.next_sequence, indexed_sequence);
+        partition.shrink();
+        partition.count_memory(&memory);
     }
 
+    let damage = Registry::load(loaded.damage);
+    let scrub = Scrub::load(&loaded.scrub, &replayed.damaged, |segment| journal.generation(SegmentId(segment)));
+
     let recovered = Recovered {
-        partitions: partitions
-            .by_id
-            .iter()
-            .map(|(id, slot)| {
-                let partition = &partitions.list[*slot as usize];
-                RecoveredPartition {
-                    partition: *id,
-                    start_offset: partition.start_offset,
-                    end_offset: partition.end_offset,
-                    state: state.remove(id).unwrap_or_default().into_iter().collect(),
-                    replayed: batches.remove(id).unwrap_or_default(),
-                }
-            })
-            .collect(),
+        partitions: found,
         replayed_blocks: replayed.blocks,
         replayed_bytes: replayed.bytes,
         took: io.now().saturating_sub(started),
@@ -204,24 +215,25 @@ pub(crate) async fn open<I: Io, T: 'static>(
         rebuilt: made_anew,
     };
     let inner = Inner {
-        pool: Rc::new(BufferPool::new(io.clone(), POOL_FREE_BYTES_MAX)),
+        pool: Rc::new(BufferPool::new(io.clone(), memory.buffers_bytes_max() as usize, memory.clone())),
         staging: RefCell::new(Staging::new(config.block_bytes_max)),
         partitions: RefCell::new(partitions),
         cache: RefCell::new(BlockCache::new(end.next_sequence, config.cache_bytes)),
         backlog: Backlog::new(config.read_ahead_bytes),
         indexing: RefCell::new(Indexing {
-            batch: Box::default(),
-            touched: Vec::new(),
+            batch: Box::new(batch),
+            touched,
             covered: Covered { end, sealed: false },
             indexed_sequence,
             bytes: 0,
             unflushed_bytes: 0,
-            changed: false,
+            changed: pending,
             unflushed: false,
             flushed_at: Duration::ZERO,
             generation: 0,
-            wanted: false,
-            flush_wanted: false,
+            wanted: pending,
+            flush_wanted: pending,
+            released: BTreeMap::new(),
         }),
         figures: Cell::new(StoreFigures::default()),
         in_flight_bytes: Cell::new(0),
@@ -230,6 +242,10 @@ pub(crate) async fn open<I: Io, T: 'static>(
         progress: Broadcast::default(),
         stopped: Cell::new(false),
         sink: RefCell::new(None),
+        compactor: Compactor::new(config.compaction_bytes_per_s),
+        memory,
+        damage: RefCell::new(damage),
+        scrub: RefCell::new(scrub),
         checkpoints: RefCell::new(checkpoints),
         unvouched: Notify::default(),
         mark_wanted: Cell::new(false),
@@ -237,6 +253,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
         index,
         config,
         io,
+        foreign,
     };
     Ok((inner, recovered))
 }
@@ -250,7 +267,11 @@ fn validate(config: &StoreConfig) -> Result<(), OpenError> {
         2 * config.block_bytes_max as u64 + segment::HEADER_BYTES <= config.segment_bytes,
         "segment_bytes holds at least two blocks of block_bytes_max",
     )?;
-    check(0 < config.flushes_in_flight_max, "flushes_in_flight_max is at least 1")
+    check(config.compaction_garbage_percent <= 100, "compaction_garbage_percent is at most 100")?;
+    check(0 < config.flushes_in_flight_max, "flushes_in_flight_max is at least 1")?;
+    // Half is for readers, a quarter for blocks in flight; the cache has what is left.
+    let writing_bytes = config.flushes_in_flight_max as u64 * config.block_bytes_max as u64;
+    check(4 * writing_bytes <= config.memory_bytes, "memory_bytes is at least 4 times all blocks that may be in flight")
 }
 
 impl Visitor for Replay {
@@ -280,6 +301,7 @@ impl Visitor for Replay {
                 entry_count: header.entry_count,
                 max_append_time_ms: header.max_append_time_ms,
                 block_sequence: header.block_sequence,
+                store: None,
             };
             partition.extend(row);
             partition.writer = Writer::after(partition.row().last_ledger);

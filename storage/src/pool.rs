@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use crate::io::{ALIGNMENT, Io};
+use crate::memory::{Memory, RunMemory};
 
 /// Larger buffers are made for the one entry that needs them and not kept.
 const CLASS_BYTES_MAX: usize = 1 << 20;
@@ -15,17 +16,36 @@ pub(crate) struct BufferPool<I: Io> {
     classes: RefCell<Vec<Vec<Rc<I::Buffer>>>>,
     free_bytes: Cell<usize>,
     free_bytes_max: usize,
+    memory: Rc<Memory>,
 }
 
 /// A written block, shared by the cache and by whoever reads. Its memory returns to the pool after the last of them.
 pub(crate) struct Block<I: Io> {
     buffer: Option<Rc<I::Buffer>>,
     pool: Rc<BufferPool<I>>,
+    /// Runs of it that readers have.
+    runs: Cell<u32>,
+    /// Its write is over.
+    written: Cell<bool>,
 }
 
 impl<I: Io> Block<I> {
     pub(crate) fn new(buffer: Rc<I::Buffer>, pool: Rc<BufferPool<I>>) -> Block<I> {
-        Block { buffer: Some(buffer), pool }
+        let block = Block { buffer: Some(buffer), pool, runs: Cell::new(0), written: Cell::new(false) };
+        block.pool.memory.block_taken(block.bytes().len() as u64);
+        block
+    }
+
+    /// Its write is over, well or not.
+    pub(crate) fn written(&self) {
+        if !self.written.replace(true) {
+            self.pool.memory.block_written(self.bytes().len() as u64);
+        }
+    }
+
+    /// Whether a reader has a run of it.
+    pub(crate) fn is_held(&self) -> bool {
+        0 < self.runs.get()
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
@@ -33,29 +53,46 @@ impl<I: Io> Block<I> {
     }
 }
 
-impl<I: Io> AsRef<[u8]> for Block<I> {
-    fn as_ref(&self) -> &[u8] {
+impl<I: Io> RunMemory for Block<I> {
+    fn bytes(&self) -> &[u8] {
         self.bytes()
+    }
+
+    fn hold(&self) {
+        if self.runs.replace(self.runs.get() + 1) == 0 {
+            self.pool.memory.block_held(self.bytes().len() as u64);
+        }
+    }
+
+    fn let_go(&self) {
+        let runs = self.runs.get() - 1;
+        self.runs.set(runs);
+        if runs == 0 {
+            self.pool.memory.block_let_go(self.bytes().len() as u64);
+        }
     }
 }
 
 impl<I: Io> Drop for Block<I> {
     fn drop(&mut self) {
+        self.written();
         if let Some(buffer) = self.buffer.take() {
+            self.pool.memory.block_dropped((*buffer).as_ref().len() as u64);
             self.pool.give(buffer);
         }
     }
 }
 
 impl<I: Io> BufferPool<I> {
-    /// A pool that keeps up to `free_bytes_max` unused.
-    pub(crate) fn new(io: I, free_bytes_max: usize) -> BufferPool<I> {
+    /// A pool that keeps up to `free_bytes_max` unused, and tells `memory` which blocks there are.
+    pub(crate) fn new(io: I, free_bytes_max: usize, memory: Rc<Memory>) -> BufferPool<I> {
         let classes = class(CLASS_BYTES_MAX).0 + 1;
         BufferPool {
             io,
             classes: RefCell::new((0..classes).map(|_| Vec::new()).collect()),
             free_bytes: Cell::new(0),
             free_bytes_max,
+            memory,
         }
     }
 

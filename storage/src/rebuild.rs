@@ -15,12 +15,12 @@ use std::time::Duration;
 use drava_protocol::PartitionId;
 
 use crate::block::{ExtentHeader, ExtentKind};
-use crate::index::{ExtentRow, IndexBatch, IndexThread, PartitionRow, RebuildRows, Trim};
+use crate::index::{ExtentRow, IndexBatch, IndexThread, PartitionRow, RebuildRows, SegmentRow, Trim};
 use crate::io::Io;
 use crate::ledger::{Added, Ledgers, RollPolicy};
 use crate::managed_ledger::ManagedLedger;
 use crate::recovery::{Visited, VisitedExtent, Visitor};
-use crate::segment::SegmentId;
+use crate::segment::{SegmentId, SegmentKind};
 use crate::state::{Checkpoint, RowChange};
 use crate::store::{LostRange, OpenError, Partitions, Rebuilt, ReplayedBatch};
 
@@ -38,7 +38,7 @@ pub(crate) struct Rebuild<'a, I: Io> {
     /// Deleted, or named by nobody any more.
     gone: BTreeSet<PartitionId>,
     rows: Box<RebuildRows>,
-    generations: BTreeMap<SegmentId, u64>,
+    used: BTreeMap<SegmentId, (u64, SegmentKind)>,
     checkpoint: Option<u64>,
     rebuilt: Rebuilt,
     bytes: u64,
@@ -80,7 +80,7 @@ impl<'a, I: Io> Rebuild<'a, I> {
             partitions: BTreeMap::new(),
             gone: BTreeSet::new(),
             rows: Box::default(),
-            generations: BTreeMap::new(),
+            used: BTreeMap::new(),
             checkpoint: None,
             rebuilt: Rebuilt::default(),
             bytes: 0,
@@ -103,9 +103,9 @@ impl<'a, I: Io> Rebuild<'a, I> {
             entry_count: header.entry_count,
             max_append_time_ms: header.max_append_time_ms,
             block_sequence: header.block_sequence,
+            store: None,
         };
         self.rows.extents.push((header.ledger.partition, row));
-        self.generations.insert(block.segment, block.header.id.generation);
         self.rebuilt.extents += 1;
     }
 
@@ -116,6 +116,7 @@ impl<'a, I: Io> Rebuild<'a, I> {
                 self.extent(block, extent);
             }
         }
+        self.used.insert(block.segment, (block.header.id.generation, SegmentKind::Compacted));
         self.bytes += block.header.block_bytes as u64;
     }
 
@@ -214,11 +215,11 @@ impl<'a, I: Io> Rebuild<'a, I> {
             finished.batches.insert(id, found.batches.into_iter().map(|(_, batch)| batch).collect());
         }
         self.rebuilt.partitions = finished.partitions.list.len() as u64;
-        self.rebuilt.segments = self.generations.len() as u64;
-        for (segment, generation) in self.generations {
-            let bytes = live.get(&segment).copied().unwrap_or(0);
-            finished.index.live.push((segment, generation, bytes));
-            finished.live.push((segment, bytes));
+        self.rebuilt.segments = self.used.len() as u64;
+        for (segment, (generation, kind)) in self.used {
+            let live_bytes = live.get(&segment).copied().unwrap_or(0);
+            finished.index.live.push((segment, SegmentRow { generation, live_bytes, kind }));
+            finished.live.push((segment, live_bytes));
         }
         tracing::info!(shard = self.shard.0, rebuilt = ?self.rebuilt, "the index was made anew");
         finished.rebuilt = self.rebuilt;
@@ -318,7 +319,7 @@ impl<I: Io> Visitor for Rebuild<'_, I> {
             let id = extent.header.ledger.partition;
             RowChange::decode_all(id, extent.body(block.bytes), |change| self.change(id, sequence, change));
         }
-        self.generations.insert(block.segment, block.header.id.generation);
+        self.used.insert(block.segment, (block.header.id.generation, SegmentKind::Journal));
         self.bytes += block.header.block_bytes as u64;
     }
 

@@ -16,6 +16,7 @@ use crate::block::{BLOCK_BYTES_MAX, BlockWriter, EXTENT_HEADER_BYTES, ExtentHead
 use crate::index::Trim;
 use crate::io::{ALIGNMENT, Io};
 use crate::journal::{Journal, JournalConfig, JournalEnd};
+use crate::memory::Memory;
 use crate::pool::{self, BufferPool};
 use crate::recovery::{self, Visited, Visitor, open_error};
 use crate::segment::{self, SegmentId};
@@ -141,7 +142,7 @@ impl<I: Io> RecordLog<I> {
         }
         let inner = Rc::new(Inner {
             journal: journal.clone(),
-            pool: BufferPool::new(io.clone(), POOL_FREE_BYTES_MAX),
+            pool: BufferPool::new(io.clone(), POOL_FREE_BYTES_MAX, Rc::new(Memory::new(u64::MAX))),
             config,
             dir: dir.to_owned(),
             staged: RefCell::default(),

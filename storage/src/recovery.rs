@@ -67,8 +67,8 @@ pub(crate) async fn survey<I: Io>(
                     }
                     let file = io.open(&path).await.map_err(open_error(format!("open {}", path.display())))?;
                     let head = file.read_at(0, ALIGNMENT).await;
-                    let cuts = head.as_ref().map(|head| segment::decode_cuts(head));
-                    let (generation, kind) = match head.as_ref().map(|head| segment::decode(head)) {
+                    let cuts = head.as_ref().ok().map(|head| segment::decode_cuts(head));
+                    let (generation, kind) = match head.map(|head| segment::decode(&head)) {
                         Ok(Ok(None)) => (0, SegmentKind::Journal),
                         Ok(Ok(Some(header))) if header.shard == shard && header.segment == id => {
                             (header.generation, header.kind)
@@ -84,18 +84,19 @@ pub(crate) async fn survey<I: Io>(
                             tracing::error!(path = %path.display(), error = %error, "a segment header is unusable");
                             known(id).unwrap_or_default()
                         }
+                        // It may hold what was acknowledged. Whoever cannot read it must not take it for empty.
                         Err(error) => {
-                            tracing::error!(path = %path.display(), error = %error, "a segment header is unreadable");
-                            known(id).unwrap_or_default()
+                            let what = format!("read the header of {}", path.display());
+                            known(id).ok_or(OpenError::Io { what, source: error })?
                         }
                     };
                     let cuts = match cuts {
-                        Ok(Ok(cuts)) if 0 < generation => cuts,
-                        Ok(Err(error)) if 0 < generation => {
+                        Some(Ok(cuts)) if 0 < generation => cuts,
+                        Some(Err(error)) if 0 < generation => {
                             tracing::error!(path = %path.display(), error = %error, "the cuts of a segment are unusable");
                             Vec::new()
                         }
-                        Ok(_) | Err(_) => Vec::new(),
+                        Some(_) | None => Vec::new(),
                     };
                     let role = if generation == 0 { Role::Spare } else { Role::Sealed };
                     // Closed again: there may be more segments than a process may have open.

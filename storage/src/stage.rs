@@ -123,6 +123,12 @@ impl<T> Staging<T> {
         self.groups.is_empty()
     }
 
+    /// What is staged takes in memory, with all that is remembered of it.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        let groups = self.groups.iter().chain(&self.free);
+        self.bytes + groups.map(|group| group.lists_bytes() as u64).sum::<u64>()
+    }
+
     /// What the next block takes, without padding.
     pub(crate) fn front_bytes(&self) -> Option<usize> {
         self.groups.front().map(|group| group.body_bytes)
@@ -153,11 +159,15 @@ impl<T> Staging<T> {
         self.free.push(group);
     }
 
+    /// Whether an entry of `bytes` begins a group.
+    pub(crate) fn begins_group(&self, bytes: usize) -> bool {
+        let need = bytes + block::EXTENT_HEADER_BYTES;
+        self.groups.back().is_none_or(|group| self.block_bytes_max < group.body_bytes + need)
+    }
+
     /// The newest group, or a new one, with room for `bytes` and an extent header.
     fn group_for(&mut self, bytes: usize) -> &mut Group<T> {
-        let need = bytes + block::EXTENT_HEADER_BYTES;
-        let fits = self.groups.back().is_some_and(|group| group.body_bytes + need <= self.block_bytes_max);
-        if !fits {
+        if self.begins_group(bytes) {
             self.last_number += 1;
             let mut group = self.free.pop().unwrap_or_else(Group::new);
             group.number = self.last_number;
@@ -269,6 +279,14 @@ pub(crate) struct NewStaged {
 }
 
 impl<T> Group<T> {
+    /// What its lists take in memory.
+    fn lists_bytes(&self) -> usize {
+        self.entries.capacity() * size_of::<StagedEntry>()
+            + self.rows.capacity() * size_of::<StagedRow>()
+            + self.extents.capacity() * size_of::<StagedExtent>()
+            + self.tokens.capacity() * size_of::<T>()
+    }
+
     /// The rows of one state extent, in order, handed out.
     pub(crate) fn take_rows(&mut self, extent_index: usize, mut visit: impl FnMut(RowChange)) {
         let mut next = self.extents[extent_index].head;

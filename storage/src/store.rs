@@ -16,13 +16,18 @@ use crate::backlog::Backlog;
 use crate::block::{self, EXTENT_HEADER_BYTES};
 use crate::cache::BlockCache;
 use crate::checkpoint::Checkpoints;
+use crate::compact::{CompactError, Compactor};
+use crate::damage::{Damage, Registry};
 use crate::flush::{Flushing, Indexing};
+use crate::foreign::{Foreign, ForeignStores};
 use crate::index::{Index, IndexError, IndexThread, PartitionRow};
 use crate::io::{ALIGNMENT, Io};
 use crate::journal::Journal;
 use crate::ledger::{Ledgers, RollPolicy};
 use crate::managed_ledger::ManagedLedger;
-use crate::pool::BufferPool;
+use crate::memory::{ANSWER_BYTES_PRESSED, Charged, Memory, MemoryFigures, RunMemory};
+use crate::pool::{Block, BufferPool};
+use crate::scrub::Scrub;
 use crate::segment;
 use crate::stage::{NewStaged, Staging};
 use crate::state::{KEY_BYTES_MAX, RowChange, StateBatch, VALUE_BYTES_MAX};
@@ -37,6 +42,8 @@ const LAST_PAGES: u64 = 16;
 pub struct StoreConfig {
     /// The directory of this shard's segments; made when missing.
     pub dir: PathBuf,
+    /// What the segments are stamped with: the number of the store, which is that of its shard until the node is started
+    /// with another number of shards.
     pub shard: ShardId,
     /// A multiple of 4096, at least twice the largest block.
     pub segment_bytes: u64,
@@ -59,9 +66,25 @@ pub struct StoreConfig {
     pub disk_reserve_bytes: u64,
     /// Whether the checksum of every batch is compared when it is read from disk.
     pub verify_reads: bool,
+    /// What compaction may copy; 0: there is none.
+    pub compaction_bytes_per_s: u64,
+    /// How often it is looked whether anything is worth compacting.
+    pub compaction_interval: Duration,
+    /// A segment is compacted when at least so much of it is dead.
+    pub compaction_garbage_percent: u32,
+    /// A segment is compacted when a reader that catches up with all of it gets less than this with each read.
+    pub compaction_fragment_bytes: u64,
+    /// All memory together: the cache has what the rest leaves it, and readers no more than half.
+    pub memory_bytes: u64,
+    /// What the scrubber reads in a second; 0: nothing is scrubbed.
+    pub scrub_bytes_per_s: u64,
+    /// The scrubber begins anew so long after it began, at the earliest.
+    pub scrub_interval: Duration,
     /// After so long without a write an empty block follows the last one, so that damage at rest in the last one is told
     /// from a torn tail. `None`: never.
     pub mark_after: Option<Duration>,
+    /// Stores of earlier layouts of the node that its partitions may still have extents in.
+    pub foreign: Option<ForeignStores>,
 }
 
 impl Default for StoreConfig {
@@ -81,7 +104,15 @@ impl Default for StoreConfig {
             index_flush_bytes: 128 << 20,
             disk_reserve_bytes: 1 << 30,
             verify_reads: true,
+            compaction_bytes_per_s: 64 << 20,
+            compaction_interval: Duration::from_secs(10),
+            compaction_garbage_percent: 50,
+            compaction_fragment_bytes: 64 << 10,
+            memory_bytes: 512 << 20,
+            scrub_bytes_per_s: 8 << 20,
+            scrub_interval: Duration::from_secs(7 * 86_400),
             mark_after: Some(Duration::from_millis(100)),
+            foreign: None,
         }
     }
 }
@@ -190,6 +221,12 @@ pub enum OpenError {
     Segment { path: PathBuf, reason: String },
     #[error("configuration: {0}")]
     Config(String),
+    #[error(
+        "the index of a shard is lost, and only it knows where messages lie in {}; put the index back from a copy, or \
+         take these stores out of `draining` in format.json to start without those messages",
+        stores.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>().join(", ")
+    )]
+    IndexLost { stores: Vec<PathBuf> },
 }
 
 /// Where a partition stands.
@@ -216,23 +253,60 @@ pub enum Cached {
     AtEnd,
 }
 
-/// Whole batches, each padded to 16 bytes, contiguous in memory. Cheap to clone; holds the memory while it lives.
-#[derive(Clone)]
+/// What a read of memory found.
+enum InMemory {
+    Runs {
+        next_offset: u64,
+    },
+    Nothing,
+    /// The messages, and no room for another run.
+    NoRoom,
+    AtEnd,
+}
+
+/// Whole batches, each padded to 16 bytes, contiguous in memory. Cheap to clone; holds the memory while it lives, and
+/// other readers may wait for it to let go.
 pub struct Run {
-    pub(crate) memory: Rc<dyn AsRef<[u8]>>,
-    pub(crate) start: u32,
-    pub(crate) end: u32,
+    memory: Rc<dyn RunMemory>,
+    start: u32,
+    end: u32,
     /// Base offset of the first batch: at or below what was asked.
     pub first_offset: u64,
     /// One past the last message.
     pub next_offset: u64,
 }
 
+impl Run {
+    pub(crate) fn new(memory: Rc<dyn RunMemory>, bytes: Range<usize>, offsets: Range<u64>) -> Run {
+        memory.hold();
+        Run {
+            memory,
+            start: bytes.start as u32,
+            end: bytes.end as u32,
+            first_offset: offsets.start,
+            next_offset: offsets.end,
+        }
+    }
+}
+
+impl Clone for Run {
+    fn clone(&self) -> Run {
+        self.memory.hold();
+        Run { memory: self.memory.clone(), ..*self }
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        self.memory.let_go();
+    }
+}
+
 impl Deref for Run {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &(*self.memory).as_ref()[self.start as usize..self.end as usize]
+        &self.memory.bytes()[self.start as usize..self.end as usize]
     }
 }
 
@@ -354,12 +428,29 @@ pub struct StoreFigures {
     pub index_batches: u64,
     /// Gauge: a write or sync failed, or the store was closed.
     pub read_only: bool,
+    /// Written to compacted segments.
+    pub compacted_bytes: u64,
+    /// Passes over victims.
+    pub compactions: u64,
+    /// Copied and then not wanted: deleted while it was copied.
+    pub compaction_dropped_bytes: u64,
+    /// Gauge: segments that wait to be brought together.
+    pub fragmented_segments: u64,
+    pub memory: MemoryFigures,
+    /// Entries of the damage registry, and the messages that they name.
+    pub damaged_ranges: u64,
+    pub damaged_messages: u64,
+    pub scrubbed_bytes: u64,
+    /// Passes of the scrubber that came to their end.
+    pub scrub_passes: u64,
     /// How often a write failed and the journal went on in a fresh segment.
     pub journal_rolls: u64,
+    /// Gauge: bytes of live entries in stores of earlier layouts.
+    pub foreign_live_bytes: u64,
 }
 
 /// The store of one shard. Clones share it. `T` is what the shard gives with each entry to recognise it by.
-pub struct Store<I: Io, T: 'static>(Rc<Inner<I, T>>);
+pub struct Store<I: Io, T: 'static>(pub(crate) Rc<Inner<I, T>>);
 
 impl<I: Io, T: 'static> Clone for Store<I, T> {
     fn clone(&self) -> Self {
@@ -389,9 +480,14 @@ pub(crate) struct Inner<I: Io, T: 'static> {
     pub(crate) progress: Broadcast,
     pub(crate) stopped: Cell<bool>,
     pub(crate) sink: RefCell<Option<Sink<T>>>,
+    pub(crate) compactor: Compactor,
+    pub(crate) memory: Rc<Memory>,
+    pub(crate) damage: RefCell<Registry>,
+    pub(crate) scrub: RefCell<Scrub>,
     /// A block became durable that no later one vouches for.
     pub(crate) unvouched: Notify,
     pub(crate) mark_wanted: Cell<bool>,
+    pub(crate) foreign: Foreign<I>,
     pub(crate) checkpoints: RefCell<Checkpoints>,
 }
 
@@ -416,7 +512,18 @@ impl Partitions {
 impl<I: Io, T: 'static> Store<I, T> {
     /// Opens or makes the store in `config.dir` and replays the journal. Nothing is flushed before [`Store::start`].
     pub async fn open(io: I, config: StoreConfig, index: Index) -> Result<(Store<I, T>, Recovered), OpenError> {
-        let (inner, recovered) = crate::open::open(io, config, index).await?;
+        Store::open_with(io, config, index, |_, _| {}).await
+    }
+
+    /// As [`Store::open`]; `derive` gives the rows of state that follow from the replayed batches. They become durable
+    /// together with the end of the replay: after a crash from then on those batches are not replayed again.
+    pub async fn open_with(
+        io: I,
+        config: StoreConfig,
+        index: Index,
+        derive: impl FnOnce(&[RecoveredPartition], &mut StateBatch),
+    ) -> Result<(Store<I, T>, Recovered), OpenError> {
+        let (inner, recovered) = crate::open::open(io, config, index, derive).await?;
         Ok((Store(Rc::new(inner)), recovered))
     }
 
@@ -430,9 +537,11 @@ impl<I: Io, T: 'static> Store<I, T> {
         inner.io.spawn(inner.clone().run_flusher(sink.clone()));
         inner.io.spawn(inner.clone().run_indexer(sink));
         inner.io.spawn(inner.clone().run_housekeeping());
+        inner.io.spawn(inner.clone().run_compactor());
         inner.io.spawn(inner.clone().run_marker());
         inner.io.spawn(inner.clone().run_checkpoints());
         inner.io.spawn(inner.journal.clone().run());
+        inner.io.spawn(inner.clone().run_scrubber());
         inner.woken.notify();
     }
 
@@ -442,9 +551,9 @@ impl<I: Io, T: 'static> Store<I, T> {
         let roll = RollPolicy::new(inner.config.ledger_bytes_max, inner.config.ledger_age_max, &limits);
         let mut partitions = inner.partitions.borrow_mut();
         let found = partitions.get_or_insert(partition, roll);
-        found.limits = limits;
-        found.roll = roll;
+        found.limit(limits, roll);
         found.opened = true;
+        found.count_memory(&inner.memory);
         PartitionSlot(partitions.by_id[&partition])
     }
 
@@ -484,6 +593,9 @@ impl<I: Io, T: 'static> Store<I, T> {
             return Err((AppendError::Full, token));
         }
         let body_bytes = padded(entry.bytes.len()) as u64;
+        if staging.begins_group(body_bytes as usize) {
+            inner.make_room(staging.memory_bytes(), body_bytes.max(inner.config.block_bytes_max as u64));
+        }
         let (sequence, id) = partition.writer.add(body_bytes, entry.append_time_ms, &partition.roll);
         let record_count = entry.header.record_count;
         partition.next_offset += record_count as u64;
@@ -533,6 +645,10 @@ impl<I: Io, T: 'static> Store<I, T> {
         Ok(())
     }
 
+    pub fn config(&self) -> &StoreConfig {
+        &self.0.config
+    }
+
     /// Bytes staged or in flight.
     pub fn staged_bytes(&self) -> u64 {
         self.0.staging.borrow().bytes() + self.0.in_flight_bytes.get()
@@ -556,15 +672,26 @@ impl<I: Io, T: 'static> Store<I, T> {
         }
     }
 
-    /// Appends runs from `offset` on to `out`: as many whole batches as fit into `bytes_max`, at least one.
+    /// Appends runs from `offset` on to `out`: as many whole batches as fit into `bytes_max`, at least one. A miss, too,
+    /// when readers hold as much memory as they may.
     pub fn read_cached(&self, slot: PartitionSlot, offset: u64, bytes_max: usize, out: &mut Vec<Run>) -> Cached {
+        match self.read_memory(slot, offset, bytes_max, out) {
+            InMemory::Runs { next_offset } => Cached::Hit { next_offset },
+            InMemory::Nothing | InMemory::NoRoom => Cached::Miss,
+            InMemory::AtEnd => Cached::AtEnd,
+        }
+    }
+
+    fn read_memory(&self, slot: PartitionSlot, offset: u64, bytes_max: usize, out: &mut Vec<Run>) -> InMemory {
         let inner = &self.0;
+        let bytes_max = inner.answer_bytes_max(bytes_max);
         let partitions = inner.partitions.borrow();
         let partition = &partitions.list[slot.0 as usize];
         if partition.end_offset <= offset {
-            return Cached::AtEnd;
+            return InMemory::AtEnd;
         }
         let mut figures = inner.figures.get();
+        let mut has_room = true;
         let mut next_offset = offset;
         let mut left = bytes_max;
         let mut hit = false;
@@ -584,13 +711,12 @@ impl<I: Io, T: 'static> Store<I, T> {
                 if hit && left < run_bytes {
                     break;
                 }
-                out.push(Run {
-                    memory: block.clone(),
-                    start: (body_start + cut.start) as u32,
-                    end: (body_start + cut.end) as u32,
-                    first_offset: cut.first_offset,
-                    next_offset: cut.next_offset,
-                });
+                let place = body_start + cut.start..body_start + cut.end;
+                let Some(run) = inner.run_of(block, place, cut.first_offset..cut.next_offset) else {
+                    has_room = false;
+                    break;
+                };
+                out.push(run);
                 hit = true;
                 left = left.saturating_sub(run_bytes);
                 next_offset = cut.next_offset;
@@ -602,11 +728,15 @@ impl<I: Io, T: 'static> Store<I, T> {
         if !hit {
             figures.cache_misses += 1;
             inner.figures.set(figures);
-            return Cached::Miss;
+            return if has_room { InMemory::Nothing } else { InMemory::NoRoom };
         }
         figures.cache_hits += 1;
         inner.figures.set(figures);
-        Cached::Hit { next_offset }
+        if inner.memory.is_pressed() {
+            // Some may have been copied.
+            inner.make_room(inner.staging.borrow().memory_bytes(), 0);
+        }
+        InMemory::Runs { next_offset }
     }
 
     /// As `read_cached`, from disk where needed, with read-ahead for whoever goes on where the last read ended.
@@ -619,6 +749,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         out: &mut Vec<Run>,
     ) -> Result<u64, ReadError> {
         loop {
+            let freed = self.0.memory.freed().version();
             {
                 let partitions = self.0.partitions.borrow();
                 let partition = &partitions.list[slot.0 as usize];
@@ -633,13 +764,19 @@ impl<I: Io, T: 'static> Store<I, T> {
                     return Err(ReadError::PastEnd { offset, end_offset });
                 }
             }
-            match self.read_cached(slot, offset, bytes_max, out) {
-                Cached::Hit { next_offset } => return Ok(next_offset),
-                Cached::AtEnd => return Ok(offset),
-                Cached::Miss => {}
-            }
-            if let Some(next_offset) = self.0.read_backlog(slot.0, offset, bytes_max, out).await? {
-                return Ok(next_offset);
+            match self.read_memory(slot, offset, bytes_max, out) {
+                InMemory::Runs { next_offset } => return Ok(next_offset),
+                InMemory::AtEnd => return Ok(offset),
+                InMemory::Nothing => {
+                    if let Some(next_offset) = self.0.read_backlog(slot.0, offset, bytes_max, out).await? {
+                        return Ok(next_offset);
+                    }
+                }
+                // What was read ahead of others goes first; then they must let go.
+                InMemory::NoRoom if self.0.backlog.shed(None) => {}
+                InMemory::NoRoom => {
+                    self.0.memory.freed().changed(freed).await;
+                }
             }
             self.0.io.yield_if_needed().await;
         }
@@ -715,6 +852,12 @@ impl<I: Io, T: 'static> Store<I, T> {
         durable.await.ok_or(AppendError::ReadOnly)
     }
 
+    /// Compacts what is due now, without waiting for more of it; `false`: nothing is. The store does it by itself from
+    /// time to time.
+    pub async fn compact(&self) -> Result<bool, CompactError> {
+        self.0.compact(true).await
+    }
+
     /// Flushes all that is staged and makes the index durable up to it. Nothing is appended after it.
     pub async fn seal(&self) -> Result<(), FlushError> {
         let inner = &self.0;
@@ -756,15 +899,55 @@ impl<I: Io, T: 'static> Store<I, T> {
         let mut figures = inner.figures.get();
         figures.staged_bytes = self.staged_bytes();
         figures.cache_bytes = inner.cache.borrow().bytes();
+        figures.memory =
+            inner.memory.figures(inner.staging.borrow().memory_bytes(), inner.cache.borrow().block_bytes());
         (figures.segments, figures.segments_spare, figures.segments_recycled, figures.live_bytes) =
             inner.journal.figures();
         figures.read_only = self.is_read_only();
+        let compaction = inner.compactor.figures();
+        figures.compacted_bytes = compaction.compacted_bytes;
+        figures.compactions = compaction.compactions;
+        figures.compaction_dropped_bytes = compaction.dropped_bytes;
+        figures.fragmented_segments = compaction.fragmented_segments;
+        (figures.damaged_ranges, figures.damaged_messages) = inner.damage.borrow().count();
         figures.journal_rolls = inner.journal.rolls();
+        figures.foreign_live_bytes = inner.foreign.live_bytes();
         figures
     }
 }
 
+impl<I: Io, T: 'static> Store<I, T> {
+    /// What cannot be read any more: messages by partition and offset, then places that are not known to hold any.
+    pub fn damage(&self) -> Vec<Damage> {
+        self.0.damage.borrow().list()
+    }
+}
+
 impl<I: Io, T: 'static> Inner<I, T> {
+    /// What one answer may take now.
+    pub(crate) fn answer_bytes_max(&self, bytes_max: usize) -> usize {
+        if self.memory.is_pressed() { bytes_max.min(ANSWER_BYTES_PRESSED) } else { bytes_max }
+    }
+
+    /// A run of a block that is in the cache. `None`: readers hold as much as they may.
+    fn run_of(&self, block: &Rc<Block<I>>, place: Range<usize>, offsets: Range<u64>) -> Option<Run> {
+        let block_bytes = block.bytes().len();
+        if block.is_held() || !self.memory.is_pressed() && self.memory.admits(block_bytes as u64) {
+            return Some(Run::new(block.clone(), place, offsets));
+        }
+        if !self.memory.admits(place.len() as u64) {
+            return None;
+        }
+        if block_bytes / 2 < place.len() && self.memory.admits(block_bytes as u64) {
+            return Some(Run::new(block.clone(), place, offsets));
+        }
+        // A small part of a block must not keep all of it from going.
+        let copy = block.bytes()[place].to_vec();
+        let charge = self.memory.charge(copy.len() as u64);
+        let all = 0..copy.len();
+        Some(Run::new(Rc::new(Charged::new(copy, charge)), all, offsets))
+    }
+
     /// The largest entry that fits into a segment with the headers around it.
     fn entry_bytes_max(&self) -> u64 {
         let segment_bytes = self.config.segment_bytes - segment::HEADER_BYTES - 2 * ALIGNMENT as u64;

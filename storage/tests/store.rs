@@ -195,3 +195,37 @@ fn what_left_the_cache_is_read_from_disk() {
         f.store.close().await;
     });
 }
+
+#[test]
+fn a_partition_without_cache_leaves_it_to_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let f =
+            open(dir.path(), StoreConfig { segment_bytes: 4 << 20, block_bytes_max: 256 << 10, ..small(dir.path()) })
+                .await;
+        let limits = |cache_bytes| PartitionLimits { cache_bytes, ..PartitionLimits::default() };
+        let kept = f.store.open_partition(PartitionId(1), limits(None));
+        let none = f.store.open_partition(PartitionId(2), limits(Some(0)));
+        let some = f.store.open_partition(PartitionId(3), limits(Some(100_000)));
+        let first = f.append(kept, 0, 1, 10_000);
+        f.flushed(1).await;
+        // Far more than the cache has.
+        for seed in 1..=400u64 {
+            f.append(if seed % 2 == 0 { none } else { some }, seed, 1, 10_000);
+            f.flushed(seed as usize + 1).await;
+        }
+        let mut runs = Vec::new();
+        assert!(matches!(f.store.read_cached(kept, first, 1 << 20, &mut runs), Cached::Hit { .. }));
+        assert_eq!(f.store.read_cached(none, 199, 1 << 20, &mut runs), Cached::Miss);
+        assert!(matches!(f.store.read_cached(some, 199, 1 << 20, &mut runs), Cached::Hit { .. }));
+        assert_eq!(f.store.read_cached(some, 180, 1 << 20, &mut runs), Cached::Miss);
+        runs.clear();
+        let cached = f.store.figures().memory.cache;
+        assert!((100_000..150_000).contains(&cached), "one block of `kept` and those of `some`: {cached}");
+        // All of it can be read.
+        for slot in [none, some] {
+            assert_eq!(f.read_all(slot, 0).await.0.len(), 200);
+        }
+        f.store.close().await;
+    });
+}

@@ -1,6 +1,8 @@
 //! A real node in a process of its own, and a client that speaks the wire protocol over a blocking socket.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub mod disk;
+
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -74,13 +76,21 @@ impl NodeOptions {
 impl Node {
     /// Starts a node and waits until it serves.
     pub fn start(options: &NodeOptions) -> Node {
+        Node::try_start(options, Stdio::inherit())
+            .unwrap_or_else(|status| panic!("the node ended before it served: {status}"))
+    }
+
+    /// Starts a node with its log in `log` and waits until it serves; the exit status of one that does not.
+    pub fn try_start(options: &NodeOptions, log: impl Into<Stdio>) -> Result<Node, ExitStatus> {
         let ports_file = options.data_dir.join("ports.json");
         drop(std::fs::remove_file(&ports_file));
-        let mut child = options.command().spawn().expect("the node's binary starts");
+        let child = options.command().stderr(log).spawn().expect("the node's binary starts");
+        // Ends the process also when the waiting fails.
+        let mut unready = Unready(Some(child));
         let deadline = Instant::now() + PATIENCE;
         loop {
-            if let Some(status) = child.try_wait().unwrap() {
-                panic!("the node ended before it served: {status}");
+            if let Some(status) = unready.0.as_mut().expect("it is still here").try_wait().unwrap() {
+                return Err(status);
             }
             assert!(Instant::now() < deadline, "the node does not serve after {PATIENCE:?}");
             let ports = std::fs::read_to_string(&ports_file).ok();
@@ -88,7 +98,8 @@ impl Node {
             if let Some(ports) = ports {
                 let address = |key: &str| ports[key].as_str().unwrap().parse().unwrap();
                 let shards = ports["shards"].as_array().unwrap().iter().map(|port| port.as_u64().unwrap() as u16);
-                return Node { listen: address("listen"), shards: shards.collect(), admin: address("admin"), child };
+                let (listen, admin, shards) = (address("listen"), address("admin"), shards.collect());
+                return Ok(Node { listen, shards, admin, child: unready.0.take().expect("it is still here") });
             }
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -126,6 +137,11 @@ impl Node {
             assert!(Instant::now() < deadline, "the node does not stop after {PATIENCE:?}");
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// The exit status of a node that ended by itself.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
     }
 
     pub fn connect(&self) -> Wire {
@@ -225,6 +241,25 @@ impl HttpAnswer {
     }
 }
 
+/// How many rounds or cases of a test: the number in `variable`, which the long forms set, or `usual`.
+pub fn how_many(variable: &str, usual: u64) -> u64 {
+    match std::env::var(variable) {
+        Ok(text) => text.parse().unwrap_or_else(|error| panic!("{variable}={text}: {error}")),
+        Err(_) => usual,
+    }
+}
+
+/// An error and what caused it, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
+}
+
 /// Waits until `condition` holds, at most for [`PATIENCE`].
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
@@ -253,6 +288,18 @@ impl Random {
 
     pub fn bytes(&mut self, count: usize) -> Vec<u8> {
         (0..count).map(|_| self.next() as u8).collect()
+    }
+}
+
+/// A node that does not serve yet.
+struct Unready(Option<Child>);
+
+impl Drop for Unready {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            drop(child.kill());
+            drop(child.wait());
+        }
     }
 }
 

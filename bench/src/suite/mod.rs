@@ -4,6 +4,7 @@
 //! loads it, and is judged. With two cores the node's shard runs on the first and the load generator on the last.
 
 pub mod file;
+pub mod kill;
 pub mod node;
 pub mod row;
 mod storage;
@@ -78,6 +79,8 @@ pub enum RowId {
     Background,
     /// Publishing while retention deletes
     Retention,
+    /// kill -9 under load in a loop: acknowledged messages that are lost
+    Kill,
 }
 
 #[derive(Clone, Debug, clap::Args)]
@@ -124,6 +127,8 @@ enum RowError {
     Faults { faults: u64, first: String },
     #[error(transparent)]
     File(#[from] file::FileError),
+    #[error("kill -9 in a loop")]
+    Kill(#[from] kill::KillError),
     #[error("read the node's memory")]
     Memory(#[source] std::io::Error),
     #[error("make a data directory")]
@@ -192,6 +197,7 @@ pub fn run(options: &SuiteOptions) -> Result<Vec<Row>, SuiteError> {
             RowId::Defrag => suite.defragmentation(),
             RowId::Background => suite.background(),
             RowId::Retention => suite.retention(),
+            RowId::Kill => suite.kill(),
         };
         if let Err(error) = measured {
             suite.could_not(id, &error);
@@ -572,6 +578,32 @@ impl Suite {
             note: seen.show(),
             settings: json!({"bytes": bytes, "lines": seen.lines}),
         });
+        Ok(())
+    }
+
+    fn kill(&mut self) -> Result<(), RowError> {
+        let rounds = if self.quick { 3 } else { 100 };
+        self.nodes += 1;
+        let data_dir = self.scratch.path().join(format!("node-{}", self.nodes));
+        let outcome = kill::run(&self.node_bin, &data_dir, &self.log_path(), rounds)?;
+        let findings = &outcome.findings;
+        let other_faults = findings.faults() - findings.lost;
+        if 0 < other_faults {
+            let first = findings.first_fault.clone().unwrap_or_default();
+            return Err(RowError::Faults { faults: findings.faults(), first });
+        }
+        self.judge(Judged {
+            id: "kill",
+            what: "kill -9 under load in a loop; acknowledged messages lost",
+            value: findings.lost as f64,
+            unit: "messages",
+            limit: None,
+            target: Target::AtMost(0.0),
+            note: outcome.show(),
+            settings: json!({"rounds": rounds, "shards": 2}),
+        });
+        // What stays of an error goes with the scratch directory.
+        drop(std::fs::remove_dir_all(&data_dir));
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use std::fmt;
 
 use axum::extract::State;
 use axum::http::{HeaderName, header};
+use drava_storage::MemoryFigures;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder, text};
 use prometheus_client::metrics::MetricType;
@@ -123,8 +124,32 @@ const SHARD_FIGURES: &[ShardFigure] = &[
     gauge("drava_store_spare_segments", "Segment files that are prepared and empty.", |s| Count(s.store.segments_spare)),
     counter("drava_store_segments_recycled", "Segment files used again.", |s| Count(s.store.segments_recycled)),
     bytes(gauge("drava_store_live", "Bytes of live entries.", |s| Count(s.store.live_bytes))),
+    bytes(gauge("drava_store_foreign_live", "Bytes of live entries in stores of another number of shards.", |s| Count(s.store.foreign_live_bytes))),
     counter("drava_store_ledgers_deleted", "Ledgers deleted by retention or with their topic.", |s| Count(s.store.ledgers_deleted)),
     counter("drava_store_index_batches", "Write batches applied to the index.", |s| Count(s.store.index_batches)),
+    gauge("drava_store_damaged_ranges", "Places and runs of messages that cannot be read any more; /v1/damage lists them.", |s| Count(s.store.damaged_ranges)),
+    gauge("drava_store_damaged_messages", "Messages that cannot be read any more.", |s| Count(s.store.damaged_messages)),
+    bytes(counter("drava_store_scrubbed", "Bytes read by the scrubber to check what was stored.", |s| Count(s.store.scrubbed_bytes))),
+    counter("drava_store_scrub_passes", "Times that the scrubber has checked everything.", |s| Count(s.store.scrub_passes)),
+    bytes(counter("drava_store_compacted", "Bytes written to bring live entries together.", |s| Count(s.store.compacted_bytes))),
+    counter("drava_store_compactions", "Passes of compaction.", |s| Count(s.store.compactions)),
+    bytes(counter("drava_store_compaction_dropped", "Bytes brought together and deleted meanwhile.", |s| Count(s.store.compaction_dropped_bytes))),
+    gauge("drava_store_fragmented_segments", "Segments that wait to be brought together.", |s| Count(s.store.fragmented_segments)),
+    counter("drava_store_journal_rolls", "Writes that failed, after which the journal went on in a fresh segment.", |s| Count(s.store.journal_rolls)),
+    bytes(gauge("drava_store_memory_limit", "What the store may hold in memory: all parts of drava_store_memory_bytes.", |s| Count(s.store.memory.limit))),
+    bytes(gauge("drava_receive_memory", "Memory for receiving that connections and staged entries have.", |s| Count(s.receive_bytes))),
+];
+
+/// The parts of the store's memory: value of the label `part`, and its bytes.
+const MEMORY_PARTS: [(&str, fn(&MemoryFigures) -> u64); 8] = [
+    ("staged", |memory| memory.staged),
+    ("writing", |memory| memory.writing),
+    ("cache", |memory| memory.cache),
+    ("pinned", |memory| memory.pinned),
+    ("fetched", |memory| memory.fetched),
+    ("buffers", |memory| memory.buffers),
+    ("bookkeeping", |memory| memory.bookkeeping),
+    ("index", |memory| memory.index),
 ];
 
 /// All that one scrape writes down.
@@ -215,6 +240,16 @@ impl Collector for Scrape {
                 write(metric.encode_family(&labels)?, figure.kind, (figure.value)(stats))?;
             }
         }
+        let help = "Memory of the store by part: what readers hold is pinned (left the cache) and fetched (from disk).";
+        let mut memory =
+            encoder.encode_descriptor("drava_store_memory", help, Some(&Unit::Bytes), MetricType::Gauge)?;
+        for stats in &self.shards {
+            let shard = stats.shard.to_string();
+            for (part, value) in MEMORY_PARTS {
+                let labels = [("shard", shard.as_str()), ("part", part)];
+                write(memory.encode_family(&labels)?, Kind::Gauge, Count(value(&stats.store.memory)))?;
+            }
+        }
         for (name, unit, kind, help, value) in self.node_figures() {
             if let Some(value) = value {
                 let unit = unit.unit();
@@ -284,8 +319,30 @@ mod tests {
                 index_batches: 1034,
                 // Exported as the shard's.
                 read_only: true,
+                // Its parts are exported with a label each.
+                memory: MemoryFigures {
+                    staged: 2001,
+                    writing: 2002,
+                    cache: 2003,
+                    pinned: 2004,
+                    fetched: 2005,
+                    buffers: 2006,
+                    bookkeeping: 2007,
+                    index: 2008,
+                    limit: 1035,
+                },
+                damaged_ranges: 1037,
+                damaged_messages: 1038,
+                scrubbed_bytes: 1039,
+                scrub_passes: 1040,
+                compacted_bytes: 1041,
+                compactions: 1042,
+                compaction_dropped_bytes: 1043,
+                fragmented_segments: 1044,
+                journal_rolls: 1045,
             },
             read_only: true,
+            receive_bytes: 1036,
         }
     }
 
@@ -300,7 +357,7 @@ mod tests {
             })
             .collect();
         values.sort_unstable();
-        let expected: Vec<u64> = [1].into_iter().chain(1001..=1034).collect();
+        let expected: Vec<u64> = [1].into_iter().chain(1001..=1045).collect();
         assert_eq!(values, expected);
     }
 
@@ -352,10 +409,14 @@ mod tests {
             http_requests: 4,
             http_panics: 0,
         };
+        let scrape_memory = distinct().store.memory;
         let text = scrape.text();
         assert!(text.contains("drava_ticker_latest_seconds{shard=\"9\"} 1020.0\n"), "{text}");
         assert!(text.contains("drava_store_flush_seconds_total{shard=\"9\"} 1023.0\n"), "{text}");
         assert!(text.contains("drava_sent_bytes_total{shard=\"9\"} 1007\n"), "{text}");
+        assert!(text.contains("drava_store_memory_bytes{shard=\"9\",part=\"pinned\"} 2004\n"), "{text}");
+        let parts: u64 = MEMORY_PARTS.iter().map(|(_, value)| value(&scrape_memory)).sum();
+        assert_eq!(parts, scrape_memory.total(), "every part is exported");
         assert!(!text.contains("shard=\"0\""), "{text}");
         assert!(!text.contains("process_open_fds"), "what could not be read is left out: {text}");
     }

@@ -41,6 +41,24 @@ pub enum Durability {
     Memory,
 }
 
+/// A cache policy as its text.
+mod cache_as_text {
+    use drava_protocol::message::CachePolicy;
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use crate::config::option::{CACHE_EXPECTED, cache_text, parse_cache};
+
+    pub fn serialize<S: Serializer>(policy: &CachePolicy, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&cache_text(*policy))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<CachePolicy, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        parse_cache(&text).ok_or_else(|| D::Error::custom(format!("{text:?} is no cache policy: {CACHE_EXPECTED}")))
+    }
+}
+
 /// What a topic promises and what it may use.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -54,9 +72,11 @@ pub struct Policy {
     /// Oldest closed ledgers of a partition are deleted while it holds more. 0: no limit.
     #[schema(default = 0)]
     retention_bytes: u64,
-    /// What one partition may hold in the ledger cache. 0: as much as the shard has.
-    #[schema(default = 0)]
-    cache_bytes: u64,
+    /// What one partition may hold in the ledger cache of its shard: `shared` (as much as there is), `none`, a size
+    /// (`64 MiB`, or a number of bytes in quotes), or a share of the cache (`10%`).
+    #[schema(value_type = String, default = "shared", example = "10%")]
+    #[serde(with = "cache_as_text")]
+    cache: message::CachePolicy,
     /// Nodes that hold each entry.
     #[schema(default = 1, minimum = 1)]
     replicas: u8,
@@ -73,40 +93,24 @@ impl Default for Policy {
 
 impl From<&message::TopicPolicy> for Policy {
     fn from(policy: &message::TopicPolicy) -> Self {
-        let message::TopicPolicy {
-            partitions,
-            durability,
-            retention_ms,
-            retention_bytes,
-            cache_bytes,
-            replicas,
-            ack_quorum,
-        } = *policy;
+        let message::TopicPolicy { partitions, durability, retention_ms, retention_bytes, cache, replicas, ack_quorum } =
+            *policy;
         let durability = match durability {
             message::Durability::Disk => Durability::Disk,
             message::Durability::Memory => Durability::Memory,
         };
-        Policy { partitions, durability, retention_ms, retention_bytes, cache_bytes, replicas, ack_quorum }
+        Policy { partitions, durability, retention_ms, retention_bytes, cache, replicas, ack_quorum }
     }
 }
 
 impl From<Policy> for message::TopicPolicy {
     fn from(policy: Policy) -> Self {
-        let Policy { partitions, durability, retention_ms, retention_bytes, cache_bytes, replicas, ack_quorum } =
-            policy;
+        let Policy { partitions, durability, retention_ms, retention_bytes, cache, replicas, ack_quorum } = policy;
         let durability = match durability {
             Durability::Disk => message::Durability::Disk,
             Durability::Memory => message::Durability::Memory,
         };
-        message::TopicPolicy {
-            partitions,
-            durability,
-            retention_ms,
-            retention_bytes,
-            cache_bytes,
-            replicas,
-            ack_quorum,
-        }
+        message::TopicPolicy { partitions, durability, retention_ms, retention_bytes, cache, replicas, ack_quorum }
     }
 }
 

@@ -6,12 +6,13 @@
 //! same atomic write, so that what is on disk after a crash says itself from where to replay. Source:
 //! `storage/README.md`, "Index".
 
+mod compact;
 pub mod kv;
 pub mod model;
 mod rebuild;
 mod rocks;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
@@ -21,10 +22,15 @@ use drava_runtime::foreign::{Inbox, InboxSender, Reply, ReplySender, inbox, repl
 pub(crate) use self::rebuild::{RebuildRows, SavedRows};
 pub use self::rocks::IndexDb;
 
+pub(crate) use self::compact::{ExtentKey, Move, MoveBatch};
+
+use self::compact::{Moved, Scanned};
 use self::kv::{Kv, KvBatch};
+use crate::damage::{Damage, DamageRow};
+use crate::foreign::{ForeignSegment, StoreId};
 use crate::io::Io;
 use crate::journal::JournalEnd;
-use crate::segment::SegmentId;
+use crate::segment::{SegmentId, SegmentKind};
 
 const TABLE_COVERED: u8 = b'c';
 const TABLE_EXTENT: u8 = b'e';
@@ -32,6 +38,9 @@ const TABLE_LEDGER: u8 = b'l';
 const TABLE_PARTITION: u8 = b'p';
 const TABLE_STATE: u8 = b's';
 const TABLE_SEGMENT: u8 = b'g';
+const TABLE_DAMAGE: u8 = b'd';
+const TABLE_SCRUB: u8 = b'r';
+const TABLE_FOREIGN: u8 = b'f';
 /// Beside the covered position.
 const KEY_CHECKPOINT: [u8; 2] = [TABLE_COVERED, b'c'];
 const VERSION: u8 = 1;
@@ -75,6 +84,33 @@ impl Index {
     pub fn new(name: &str, kv: Box<dyn Kv>) -> Index {
         Index { name: name.to_owned(), kv }
     }
+
+    /// How far the family reaches; `None`: it was lost, or never made. Blocking.
+    pub(crate) fn covered(&self) -> Result<Option<Covered>, IndexError> {
+        self.kv.get(&[TABLE_COVERED])?.map(|value| Covered::decode(&value)).transpose()
+    }
+
+    /// Whether there is anything in the family that can be relied on. Blocking.
+    pub fn is_made(&self) -> Result<bool, IndexError> {
+        Ok(self.covered()?.is_some())
+    }
+
+    /// Live bytes in segments of other stores; none are 0. Blocking.
+    pub(crate) fn foreign(&self) -> Result<BTreeMap<ForeignSegment, u64>, IndexError> {
+        let mut loaded = Loaded::default();
+        rows(&*self.kv, &[TABLE_FOREIGN], &[TABLE_FOREIGN], |key, value| {
+            loaded.take(TABLE_FOREIGN, key, value).map(ControlFlow::Continue)
+        })?;
+        Ok(loaded.foreign)
+    }
+
+    pub(crate) fn put_foreign(&self, batch: &mut KvBatch, segment: ForeignSegment, bytes: u64) {
+        batch.put(foreign_key(segment), bytes.to_le_bytes());
+    }
+
+    pub(crate) fn put_covered(&self, batch: &mut KvBatch, covered: Covered) {
+        batch.put([TABLE_COVERED], covered.encode());
+    }
 }
 
 /// Where an extent lies and what it holds.
@@ -94,6 +130,51 @@ pub(crate) struct ExtentRow {
     pub(crate) entry_count: u32,
     pub(crate) max_append_time_ms: u64,
     pub(crate) block_sequence: u64,
+    /// The store that the segment belongs to; `None`: the one that the family belongs to.
+    pub(crate) store: Option<StoreId>,
+}
+
+/// A row on its way from the family of an old store to that of a new one.
+pub(crate) struct MovedRow {
+    pub(crate) partition: PartitionId,
+    pub(crate) key: Vec<u8>,
+    pub(crate) value: Vec<u8>,
+    /// Of an extent: where it lies, and the bytes of its body.
+    pub(crate) extent: Option<(ForeignSegment, u64)>,
+}
+
+impl MovedRow {
+    /// `None`: the row is about the store itself and not about a partition. `damages` counts the entries of the damage
+    /// registries, which are numbered anew.
+    pub(crate) fn decode(
+        store: StoreId,
+        key: &[u8],
+        value: &[u8],
+        damages: &mut u64,
+    ) -> Result<Option<MovedRow>, IndexError> {
+        let Some((table, mut rest)) = key.split_first() else { return Ok(None) };
+        if *table == TABLE_DAMAGE {
+            let moved = Damage::decode(value).and_then(Damage::without_place);
+            let moved = moved.map(|(partition, value)| {
+                let key = damage_key(*damages).to_vec();
+                *damages += 1;
+                MovedRow { partition, key, value, extent: None }
+            });
+            return Ok(moved);
+        }
+        if ![TABLE_EXTENT, TABLE_LEDGER, TABLE_PARTITION, TABLE_STATE].contains(table) {
+            return Ok(None);
+        }
+        let partition = PartitionId(be_u64(&mut rest)?);
+        let mut moved = MovedRow { partition, key: key.to_vec(), value: value.to_vec(), extent: None };
+        if *table == TABLE_EXTENT {
+            let mut row = ExtentRow::decode(be_u64(&mut rest)?, value)?;
+            let store = *row.store.get_or_insert(store);
+            moved.extent = Some(((store, row.segment), row.body_bytes as u64));
+            moved.value = row.encode();
+        }
+        Ok(Some(moved))
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -112,6 +193,15 @@ pub(crate) struct PartitionRow {
     pub(crate) end_offset: u64,
     /// The highest sequence a data ledger ever had.
     pub(crate) last_ledger: u32,
+}
+
+/// One use of a segment, as the family knows it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SegmentRow {
+    pub(crate) generation: u64,
+    /// Bytes of indexed extents in it.
+    pub(crate) live_bytes: u64,
+    pub(crate) kind: SegmentKind,
 }
 
 /// How far the family reaches into the journal.
@@ -136,10 +226,14 @@ pub(crate) struct IndexBatch {
     pub(crate) covered: Covered,
     /// Make everything up to here durable.
     pub(crate) flush: bool,
+    /// Rows of the damage registry.
+    pub(crate) damage: Vec<DamageRow>,
+    /// How far the scrubber has come.
+    pub(crate) scrub: Option<Vec<u8>>,
     /// The segment in which the last whole checkpoint starts, by generation.
     pub(crate) checkpoint: Option<u64>,
-    /// After a rebuild: segments, their generations and what is live in them.
-    pub(crate) live: Vec<(SegmentId, u64, u64)>,
+    /// After a rebuild: all segments and what is live in them.
+    pub(crate) live: Vec<(SegmentId, SegmentRow)>,
 }
 
 /// Everything of a partition below these is deleted.
@@ -155,6 +249,8 @@ pub(crate) struct Applied {
     /// Bytes of extents that are no longer indexed.
     pub(crate) released: Vec<(SegmentId, u64)>,
     pub(crate) flushed: bool,
+    /// The same of extents in other stores.
+    pub(crate) released_foreign: Vec<(ForeignSegment, u64)>,
 }
 
 /// The family as it was found.
@@ -162,8 +258,13 @@ pub(crate) struct Applied {
 pub(crate) struct Loaded {
     pub(crate) covered: Option<Covered>,
     pub(crate) partitions: BTreeMap<PartitionId, LoadedPartition>,
-    /// Segment, generation, live bytes.
-    pub(crate) segments: Vec<(SegmentId, u64, u64)>,
+    pub(crate) segments: Vec<(SegmentId, SegmentRow)>,
+    /// Rows of the damage registry, by number.
+    pub(crate) damage: Vec<(u64, Vec<u8>)>,
+    /// How far the scrubber had come.
+    pub(crate) scrub: Vec<u8>,
+    /// Live bytes in segments of other stores.
+    pub(crate) foreign: BTreeMap<ForeignSegment, u64>,
     /// The segment in which the last whole checkpoint starts, by generation.
     pub(crate) checkpoint: Option<u64>,
 }
@@ -192,6 +293,12 @@ enum Request {
         time_ms: u64,
         reply: ReplySender<Result<Option<ExtentRow>, IndexError>>,
     },
+    Scan {
+        from: ExtentKey,
+        segments: Option<Vec<SegmentId>>,
+        reply: ReplySender<Result<Scanned, IndexError>>,
+    },
+    Move(Box<MoveBatch>, ReplySender<Result<Moved, IndexError>>),
     Rebuild(Box<RebuildRows>, ReplySender<Result<(), IndexError>>),
     SavedRows {
         from: Vec<u8>,
@@ -251,7 +358,7 @@ impl IndexWorker {
 impl IndexThread {
     pub(crate) fn start(io: &impl Io, index: Index) -> Result<IndexThread, IndexError> {
         let (requests, inbox) = inbox();
-        let family = Family { name: index.name, kv: index.kv, live: BTreeMap::new() };
+        let family = Family { name: index.name, kv: index.kv, segments: BTreeMap::new(), foreign: BTreeMap::new() };
         let worker = IndexWorker { family, requests: inbox, stopped: None };
         io.start_index(worker).map_err(|error| IndexError::Thread(error.to_string()))?;
         Ok(IndexThread { requests })
@@ -310,8 +417,10 @@ impl IndexThread {
 struct Family {
     name: String,
     kv: Box<dyn Kv>,
-    /// Generation and live bytes of each segment, as in the family.
-    live: BTreeMap<SegmentId, (u64, u64)>,
+    /// As in the family.
+    segments: BTreeMap<SegmentId, SegmentRow>,
+    /// Live bytes of each segment of another store, as in the family.
+    foreign: BTreeMap<ForeignSegment, u64>,
 }
 
 impl Family {
@@ -326,6 +435,8 @@ impl Family {
             Request::Since { partition, start_offset, end_offset, time_ms, reply } => {
                 reply.send(self.since(partition, start_offset, end_offset, time_ms));
             }
+            Request::Scan { from, segments, reply } => reply.send(self.scan_extents(from, segments.as_deref())),
+            Request::Move(batch, reply) => reply.send(self.move_extents(&batch)),
             Request::Rebuild(rows, reply) => reply.send(self.rebuild(&rows)),
             Request::SavedRows { from, bytes_max, reply } => reply.send(self.saved_rows(&from, bytes_max)),
         }
@@ -344,7 +455,8 @@ impl Family {
             loaded = Ok(Loaded::default());
         }
         let loaded = loaded?;
-        self.live = loaded.segments.iter().map(|&(segment, generation, live)| (segment, (generation, live))).collect();
+        self.segments = loaded.segments.iter().copied().collect();
+        self.foreign = loaded.foreign.clone();
         Ok(loaded)
     }
 
@@ -356,7 +468,8 @@ impl Family {
         if let Some(value) = self.kv.get(&KEY_CHECKPOINT)? {
             loaded.checkpoint = Some(le_u64(&mut &value[..])?);
         }
-        for table in [TABLE_PARTITION, TABLE_LEDGER, TABLE_STATE, TABLE_SEGMENT] {
+        loaded.scrub = self.kv.get(&[TABLE_SCRUB])?.unwrap_or_default();
+        for table in [TABLE_PARTITION, TABLE_LEDGER, TABLE_STATE, TABLE_SEGMENT, TABLE_DAMAGE, TABLE_FOREIGN] {
             self.rows(&[table], &[table], |key, value| loaded.take(table, key, value).map(ControlFlow::Continue))?;
         }
         Ok(loaded)
@@ -367,29 +480,22 @@ impl Family {
         &self,
         prefix: &[u8],
         from: &[u8],
-        mut visit: impl FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, IndexError>,
+        visit: impl FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, IndexError>,
     ) -> Result<(), IndexError> {
-        let mut bad = None;
-        self.kv.scan(from, &mut |key, value| {
-            let Some(key) = key.strip_prefix(prefix) else { return ControlFlow::Break(()) };
-            visit(key, value).unwrap_or_else(|error| {
-                bad = Some(error);
-                ControlFlow::Break(())
-            })
-        })?;
-        bad.map_or(Ok(()), Err)
+        rows(&*self.kv, prefix, from, visit)
     }
 
     fn apply(&mut self, changes: &IndexBatch) -> Result<Applied, IndexError> {
         let mut batch = KvBatch::default();
         let mut applied = Applied::default();
-        let mut touched: BTreeMap<SegmentId, (u64, i64)> = BTreeMap::new();
+        let mut touched = Touched::default();
         for &(segment, generation) in &changes.generations {
-            touched.insert(segment, (generation, 0));
+            touched.used.push((segment, generation, SegmentKind::Journal));
         }
         for (partition, row) in &changes.extents {
             batch.put(extent_key(*partition, row.first_offset), row.encode());
-            touched.entry(row.segment).or_default().1 += row.body_bytes as i64;
+            debug_assert!(row.store.is_none(), "what is written lies in the own store: {row:?}");
+            touched.add(row);
         }
         for (ledger, row) in &changes.ledgers {
             batch.put(ledger_key(*ledger), row.encode());
@@ -405,7 +511,15 @@ impl Family {
                 None => batch.delete(row),
             }
         }
-        for trim in &changes.trims {
+        // What goes is counted once, however many trims of a partition come together, or with its end.
+        let dropped: BTreeSet<PartitionId> = changes.dropped.iter().copied().collect();
+        let mut trims: BTreeMap<PartitionId, Trim> = BTreeMap::new();
+        for trim in changes.trims.iter().filter(|trim| !dropped.contains(&trim.partition)) {
+            let furthest = trims.entry(trim.partition).or_insert(*trim);
+            furthest.first_ledger = furthest.first_ledger.max(trim.first_ledger);
+            furthest.start_offset = furthest.start_offset.max(trim.start_offset);
+        }
+        for trim in trims.values() {
             self.release(changes, trim.partition, trim.start_offset, &mut touched, &mut applied)?;
             let (from, to) = (extent_key(trim.partition, 0), extent_key(trim.partition, trim.start_offset));
             batch.delete_range(from, to);
@@ -413,7 +527,7 @@ impl Family {
             let to = ledger_key(LedgerId { partition: trim.partition, sequence: trim.first_ledger });
             batch.delete_range(from, to);
         }
-        for &partition in &changes.dropped {
+        for partition in dropped {
             self.release(changes, partition, u64::MAX, &mut touched, &mut applied)?;
             for table in [TABLE_EXTENT, TABLE_LEDGER, TABLE_PARTITION, TABLE_STATE] {
                 let from = partition_key(table, partition);
@@ -424,25 +538,33 @@ impl Family {
                 batch.delete_range(from.to_vec(), to);
             }
         }
-        for &(segment, generation, live) in &changes.live {
-            self.live.insert(segment, (generation, live));
-            touched.insert(segment, (generation, 0));
+        for &(segment, row) in &changes.live {
+            self.segments.insert(segment, row);
+            touched.used.push((segment, row.generation, row.kind));
         }
-        let mut rows = Vec::with_capacity(touched.len());
-        for (segment, (generation, change)) in touched {
-            let mut row = self.live.get(&segment).copied().unwrap_or_default();
-            if generation != 0 && generation != row.0 {
-                // The segment is used again: what was live in it before was let go first.
-                row = (generation, 0);
+        let rows = self.segment_rows(touched);
+        rows.iter().for_each(|(segment, row)| batch.put(segment_key(*segment), row.encode()));
+        for (number, value) in &changes.damage {
+            let key = damage_key(*number);
+            match value {
+                Some(value) => batch.put(key, &value[..]),
+                None => batch.delete(key),
             }
-            row.1 = row.1.checked_add_signed(change).unwrap_or(0);
-            let mut value = Vec::with_capacity(16);
-            value.extend_from_slice(&row.0.to_le_bytes());
-            value.extend_from_slice(&row.1.to_le_bytes());
-            let mut key = vec![TABLE_SEGMENT];
-            key.extend_from_slice(&segment.0.to_be_bytes());
-            batch.put(key, value);
-            rows.push((segment, row));
+        }
+        if let Some(scrub) = &changes.scrub {
+            batch.put([TABLE_SCRUB], &scrub[..]);
+        }
+        let mut foreign = BTreeMap::new();
+        for &(segment, bytes) in &applied.released_foreign {
+            let before = || self.foreign.get(&segment).copied().unwrap_or(0);
+            let left = foreign.entry(segment).or_insert_with(before);
+            *left = left.saturating_sub(bytes);
+        }
+        for (&segment, &left) in &foreign {
+            match left {
+                0 => batch.delete(foreign_key(segment)),
+                left => batch.put(foreign_key(segment), left.to_le_bytes()),
+            }
         }
         if let Some(generation) = changes.checkpoint {
             batch.put(KEY_CHECKPOINT, generation.to_le_bytes());
@@ -453,8 +575,27 @@ impl Family {
             self.kv.flush()?;
             applied.flushed = true;
         }
-        self.live.extend(rows);
+        self.segments.extend(rows);
+        self.foreign.extend(foreign);
+        self.foreign.retain(|_, left| 0 < *left);
         Ok(applied)
+    }
+
+    /// The rows of the segments that a batch touches, as they are after it.
+    fn segment_rows(&self, touched: Touched) -> BTreeMap<SegmentId, SegmentRow> {
+        let known = |segment: SegmentId| self.segments.get(&segment).copied().unwrap_or_default();
+        let mut rows = BTreeMap::new();
+        for (segment, generation, kind) in touched.used {
+            let row = known(segment);
+            // Used again: what was live in it before was let go first.
+            let row = if row.generation == generation { row } else { SegmentRow { generation, live_bytes: 0, kind } };
+            rows.insert(segment, row);
+        }
+        for (segment, change) in touched.live_bytes {
+            let row = rows.entry(segment).or_insert_with(|| known(segment));
+            row.live_bytes = row.live_bytes.checked_add_signed(change).unwrap_or(0);
+        }
+        rows
     }
 
     /// Counts what lies below `start_offset`, in the family and in the batch itself.
@@ -463,12 +604,17 @@ impl Family {
         changes: &IndexBatch,
         partition: PartitionId,
         start_offset: u64,
-        touched: &mut BTreeMap<SegmentId, (u64, i64)>,
+        touched: &mut Touched,
         applied: &mut Applied,
     ) -> Result<(), IndexError> {
         let mut count = |row: &ExtentRow| {
-            if row.first_offset < start_offset {
-                touched.entry(row.segment).or_default().1 -= row.body_bytes as i64;
+            if start_offset <= row.first_offset {
+                return;
+            }
+            if let Some(store) = row.store {
+                applied.released_foreign.push(((store, row.segment), row.body_bytes as u64));
+            } else {
+                touched.remove(row);
                 applied.released.push((row.segment, row.body_bytes as u64));
             }
         };
@@ -522,11 +668,38 @@ impl Family {
     }
 }
 
+/// What a batch does to segments.
+#[derive(Default)]
+struct Touched {
+    /// Segments with the generation and kind of the use that the batch is about.
+    used: Vec<(SegmentId, u64, SegmentKind)>,
+    live_bytes: BTreeMap<SegmentId, i64>,
+}
+
+impl Touched {
+    fn add(&mut self, row: &ExtentRow) {
+        *self.live_bytes.entry(row.segment).or_default() += row.body_bytes as i64;
+    }
+
+    fn remove(&mut self, row: &ExtentRow) {
+        *self.live_bytes.entry(row.segment).or_default() -= row.body_bytes as i64;
+    }
+}
+
 impl Loaded {
     /// Takes one row of a table, its key without the table's byte.
     fn take(&mut self, table: u8, mut key: &[u8], mut value: &[u8]) -> Result<(), IndexError> {
+        if table == TABLE_FOREIGN {
+            let store = StoreId(u16::from_be_bytes(take(&mut key)?));
+            self.foreign.insert((store, SegmentId(be_u32(&mut key)?)), le_u64(&mut value)?);
+            return Ok(());
+        }
         if table == TABLE_SEGMENT {
-            self.segments.push((SegmentId(be_u32(&mut key)?), le_u64(&mut value)?, le_u64(&mut value)?));
+            self.segments.push((SegmentId(be_u32(&mut key)?), SegmentRow::decode(value)?));
+            return Ok(());
+        }
+        if table == TABLE_DAMAGE {
+            self.damage.push((be_u64(&mut key)?, value.to_vec()));
             return Ok(());
         }
         let partition = PartitionId(be_u64(&mut key)?);
@@ -546,6 +719,37 @@ impl Loaded {
     }
 }
 
+/// Gives `visit` the rows from `from` on whose keys start with `prefix`, without the prefix.
+fn rows(
+    kv: &dyn Kv,
+    prefix: &[u8],
+    from: &[u8],
+    mut visit: impl FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, IndexError>,
+) -> Result<(), IndexError> {
+    let mut bad = None;
+    kv.scan(from, &mut |key, value| {
+        let Some(key) = key.strip_prefix(prefix) else { return ControlFlow::Break(()) };
+        visit(key, value).unwrap_or_else(|error| {
+            bad = Some(error);
+            ControlFlow::Break(())
+        })
+    })?;
+    bad.map_or(Ok(()), Err)
+}
+
+fn damage_key(number: u64) -> [u8; 9] {
+    let mut key = [TABLE_DAMAGE; 9];
+    key[1..].copy_from_slice(&number.to_be_bytes());
+    key
+}
+
+fn foreign_key((store, segment): ForeignSegment) -> [u8; 7] {
+    let mut key = [TABLE_FOREIGN; 7];
+    key[1..3].copy_from_slice(&store.0.to_be_bytes());
+    key[3..].copy_from_slice(&segment.0.to_be_bytes());
+    key
+}
+
 fn partition_key(table: u8, partition: PartitionId) -> [u8; 9] {
     let mut key = [table; 9];
     key[1..].copy_from_slice(&partition.0.to_be_bytes());
@@ -559,6 +763,12 @@ fn extent_key(partition: PartitionId, first_offset: u64) -> [u8; 17] {
     key
 }
 
+fn segment_key(segment: SegmentId) -> [u8; 5] {
+    let mut key = [TABLE_SEGMENT; 5];
+    key[1..].copy_from_slice(&segment.0.to_be_bytes());
+    key
+}
+
 fn ledger_key(ledger: LedgerId) -> [u8; 13] {
     let mut key = [0; 13];
     key[..9].copy_from_slice(&partition_key(TABLE_LEDGER, ledger.partition));
@@ -568,7 +778,7 @@ fn ledger_key(ledger: LedgerId) -> [u8; 13] {
 
 impl ExtentRow {
     fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(56);
+        let mut out = Vec::with_capacity(62);
         out.extend_from_slice(&self.next_offset.to_le_bytes());
         out.extend_from_slice(&self.ledger.to_le_bytes());
         out.extend_from_slice(&self.segment.0.to_le_bytes());
@@ -579,6 +789,9 @@ impl ExtentRow {
         out.extend_from_slice(&self.first_entry.to_le_bytes());
         out.extend_from_slice(&self.max_append_time_ms.to_le_bytes());
         out.extend_from_slice(&self.block_sequence.to_le_bytes());
+        if let Some(store) = self.store {
+            out.extend_from_slice(&store.0.to_le_bytes());
+        }
         out
     }
 
@@ -596,6 +809,7 @@ impl ExtentRow {
             first_entry: le_u64(value)?,
             max_append_time_ms: le_u64(value)?,
             block_sequence: le_u64(value)?,
+            store: if value.is_empty() { None } else { Some(StoreId(u16::from_le_bytes(take(value)?))) },
         })
     }
 }
@@ -638,6 +852,27 @@ impl PartitionRow {
     fn decode(mut value: &[u8]) -> Result<PartitionRow, IndexError> {
         let value = &mut value;
         Ok(PartitionRow { start_offset: le_u64(value)?, end_offset: le_u64(value)?, last_ledger: le_u32(value)? })
+    }
+}
+
+impl SegmentRow {
+    fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(17);
+        out.extend_from_slice(&self.generation.to_le_bytes());
+        out.extend_from_slice(&self.live_bytes.to_le_bytes());
+        out.push(self.kind as u8);
+        out
+    }
+
+    fn decode(mut value: &[u8]) -> Result<SegmentRow, IndexError> {
+        let value = &mut value;
+        let (generation, live_bytes) = (le_u64(value)?, le_u64(value)?);
+        let kind = match value.first() {
+            // Written before there were compacted segments.
+            None => SegmentKind::Journal,
+            Some(&byte) => SegmentKind::from_byte(byte).ok_or(IndexError::Row("the kind of a segment is not known"))?,
+        };
+        Ok(SegmentRow { generation, live_bytes, kind })
     }
 }
 
@@ -691,4 +926,40 @@ fn le_u32(bytes: &mut &[u8]) -> Result<u32, IndexError> {
 
 fn le_u64(bytes: &mut &[u8]) -> Result<u64, IndexError> {
     take(bytes).map(u64::from_le_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::model::ModelKv;
+
+    #[test]
+    fn what_a_batch_deletes_twice_is_let_go_of_once() {
+        let kv = Box::new(ModelKv::default());
+        let mut family = Family { name: "t".into(), kv, segments: BTreeMap::new(), foreign: BTreeMap::new() };
+        let row = |first_offset| ExtentRow {
+            ledger: 1,
+            first_offset,
+            next_offset: first_offset + 10,
+            segment: SegmentId(3),
+            position: 4096,
+            in_block: 64,
+            body_bytes: 100,
+            first_entry: first_offset,
+            entry_count: 10,
+            max_append_time_ms: 0,
+            block_sequence: 1,
+            store: None,
+        };
+        let (trimmed, other) = (PartitionId(1), PartitionId(2));
+        let extents = [0, 10, 20].map(|offset| (trimmed, row(offset))).into_iter();
+        let batch = IndexBatch { extents: extents.chain([(other, row(0))]).collect(), ..IndexBatch::default() };
+        family.apply(&batch).unwrap();
+        assert_eq!(family.segments[&SegmentId(3)].live_bytes, 400);
+        let trim = |start_offset| Trim { partition: trimmed, first_ledger: 1, start_offset };
+        let batch = IndexBatch { trims: vec![trim(10), trim(20)], dropped: vec![trimmed], ..IndexBatch::default() };
+        let applied = family.apply(&batch).unwrap();
+        assert_eq!(family.segments[&SegmentId(3)].live_bytes, 100, "the other partition's extent is live");
+        assert_eq!(applied.released, [(SegmentId(3), 100); 3]);
+    }
 }

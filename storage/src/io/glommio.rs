@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use drava_runtime::file::{DmaBuffer, DmaFile, OpenOptions, ReadResult, allocate_dma_buffer};
 use drava_runtime::io_error;
 
-use super::{ALIGNMENT, File, Io};
+use super::{ALIGNMENT, DURABLE_WRITES, File, Io};
 use crate::index::IndexWorker;
 
 /// The disk and the clock of the machine, on a glommio executor.
@@ -31,7 +31,7 @@ impl Default for GlommioIo {
 
 fn options() -> OpenOptions {
     let mut options = OpenOptions::new();
-    options.read(true).write(true).custom_flags(libc::O_DSYNC);
+    options.read(true).write(true).custom_flags(if DURABLE_WRITES { libc::O_DSYNC } else { 0 });
     options
 }
 

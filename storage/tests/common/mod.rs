@@ -183,6 +183,8 @@ pub struct FaultyIo {
     pub writes_left: Rc<std::cell::Cell<Option<u32>>>,
     /// Seed of what is left of the writes that fail: all, some or nothing. `None`: nothing.
     pub tear: Rc<std::cell::Cell<Option<u64>>>,
+    /// Reads of segments so far.
+    pub reads: Rc<std::cell::Cell<u64>>,
     /// Writes that fail before the disk is well again.
     pub failures_left: Rc<std::cell::Cell<u32>>,
     /// What the disk says it has left. `None`: the truth.
@@ -195,6 +197,7 @@ impl FaultyIo {
             disk: GlommioIo::new(),
             writes_left: Rc::default(),
             tear: Rc::default(),
+            reads: Rc::default(),
             failures_left: Rc::default(),
             free_bytes: Rc::default(),
         }
@@ -304,6 +307,7 @@ impl drava_storage::io::File for FaultyFile {
     }
 
     async fn read_at(&self, position: u64, bytes: usize) -> std::io::Result<Self::Read> {
+        self.io.reads.set(self.io.reads.get() + 1);
         self.file.read_at(position, bytes).await
     }
 
