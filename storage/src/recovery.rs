@@ -96,6 +96,15 @@ pub(crate) async fn survey<I: Io>(
                             known(id).ok_or(OpenError::Io { what, source: error })?
                         }
                     };
+                    let mut use_of_it = (generation, kind);
+                    if generation == 0
+                        && let Some(found) = use_by_first_block(&file, bytes, shard).await
+                    {
+                        // A header that was zeroed or cannot be believed; the blocks say what it said.
+                        tracing::error!(path = %path.display(), generation = found.0, "a segment has blocks and no header");
+                        use_of_it = found;
+                    }
+                    let (generation, kind) = use_of_it;
                     let cuts = match cuts {
                         Some(Ok(cuts)) if 0 < generation => cuts,
                         Some(Err(error)) if 0 < generation => {
@@ -135,6 +144,20 @@ pub(crate) async fn survey<I: Io>(
         }
     }
     Ok(segments)
+}
+
+/// What the first block says of the use of its segment, if it is whole.
+async fn use_by_first_block<F: File>(file: &F, segment_bytes: u64, shard: ShardId) -> Option<(u64, SegmentKind)> {
+    let head = file.read_at(segment::HEADER_BYTES, ALIGNMENT).await.ok()?;
+    let header = block::header(&head).ok().filter(|header| header.id.shard == shard)?;
+    if segment_bytes < segment::HEADER_BYTES + header.block_bytes as u64 {
+        return None;
+    }
+    let bytes = file.read_at(segment::HEADER_BYTES, header.block_bytes as usize).await.ok()?;
+    block::check(&bytes).ok()?;
+    // A journal has its first block in its first segment; every other that starts with the first block is compacted.
+    let compacted = header.id.sequence == 1 && 1 < header.id.generation;
+    Some((header.id.generation, if compacted { SegmentKind::Compacted } else { SegmentKind::Journal }))
 }
 
 /// Runs futures beside one another on this task.

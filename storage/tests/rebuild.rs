@@ -196,3 +196,52 @@ fn state_is_what_it_was_whenever_the_index_is_lost() {
         }
     }
 }
+
+#[test]
+fn what_was_compacted_is_found_in_its_new_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut before = Vec::new();
+    run(async {
+        let f = open(dir.path(), config(dir.path())).await;
+        let slots: Vec<_> = (1..=20).map(|id| f.store.open_partition(PartitionId(id), FOR_EVER)).collect();
+        let mut appended = 0;
+        while f.store.figures().compactions == 0 {
+            for _ in 0..20 {
+                for &slot in &slots {
+                    let seed = f.store.span(slot).next_offset;
+                    f.append(slot, seed, 1, 1000);
+                    appended += 1;
+                }
+                f.flushed(appended).await;
+            }
+            f.store.compact().await.unwrap();
+        }
+        f.store.delete_partition(slots[3]).await.unwrap();
+        // What was in the segments that were compacted is written over.
+        while f.store.figures().segments_recycled < 2 {
+            fill(&f, slots[0], 100).await;
+        }
+        for &slot in &slots {
+            before.push(f.read_all(slot, 0).await);
+        }
+        f.store.close().await;
+    });
+    for lose in [true, false] {
+        if lose {
+            std::fs::remove_dir_all(dir.path().join("index")).unwrap();
+        }
+        run(async {
+            let f = open(dir.path(), config(dir.path())).await;
+            assert_eq!(f.recovered.index_rebuilt, lose);
+            assert_eq!(f.recovered.partitions.len(), 19);
+            for id in (1..=20).filter(|id| *id != 4) {
+                let slot = f.store.open_partition(PartitionId(id), FOR_EVER);
+                let (batches, damaged) = f.read_all(slot, 0).await;
+                assert!(damaged.is_empty(), "{damaged:?}");
+                assert_eq!(batches, before[id as usize - 1].0, "partition {id}");
+            }
+            f.store.seal().await.unwrap();
+            f.store.close().await;
+        });
+    }
+}

@@ -233,7 +233,7 @@ pub(crate) struct IndexBatch {
     pub(crate) scrub: Option<Vec<u8>>,
     /// The segment in which the last whole checkpoint starts, by generation.
     pub(crate) checkpoint: Option<u64>,
-    /// After a rebuild: segments, their generations and what is live in them.
+    /// After a rebuild: all segments and what is live in them.
     pub(crate) live: Vec<(SegmentId, SegmentRow)>,
 }
 
