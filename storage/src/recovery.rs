@@ -59,13 +59,24 @@ pub(crate) async fn survey<I: Io>(
             .map(|&(id, bytes)| {
                 let path = segment::path(dir, id);
                 async move {
-                    if bytes < 2 * segment::HEADER_BYTES || bytes % (ALIGNMENT as u64) != 0 {
+                    // What is behind the last whole block of the file system, nobody wrote.
+                    let whole_bytes = bytes - bytes % ALIGNMENT as u64;
+                    if whole_bytes < 2 * segment::HEADER_BYTES {
                         // It was being made when the node stopped.
                         io.remove(&path).await.map_err(open_error(format!("remove {}", path.display())))?;
                         return Ok(None);
                     }
                     let file = io.open(&path).await.map_err(open_error(format!("open {}", path.display())))?;
                     let head = file.read_at(0, ALIGNMENT).await;
+                    if whole_bytes != bytes {
+                        if matches!(head.as_ref().map(|head| segment::decode(head)), Ok(Ok(None))) {
+                            // It was being made, too: zeros, of which the last were written in part.
+                            io.remove(&path).await.map_err(open_error(format!("remove {}", path.display())))?;
+                            return Ok(None);
+                        }
+                        tracing::error!(path = %path.display(), bytes, "a segment has the wrong length; what is in it is kept");
+                    }
+                    let bytes = whole_bytes;
                     let cuts = head.as_ref().ok().map(|head| segment::decode_cuts(head));
                     let (generation, kind) = match head.map(|head| segment::decode(&head)) {
                         Ok(Ok(None)) => (0, SegmentKind::Journal),
@@ -459,6 +470,9 @@ async fn find_later<I: Io>(
     };
     let shard = reader.shard;
     let mut first = None;
+    // A good block that lies where the missing one should: written to the wrong place, or from before a torn write.
+    let mut misplaced = None;
+    let mut was_durable = false;
     let mut block = Parsed::default();
     let mut other;
     for (index, &listed) in order.iter().enumerate().skip(at) {
@@ -481,22 +495,22 @@ async fn find_later<I: Io>(
                     continue;
                 }
             };
-            if first.is_none() && (position != bad_position || index != at || block.damaged) {
-                first = Some(Later {
-                    at: index,
-                    position,
-                    block_bytes: header.block_bytes as u64,
-                    sequence: header.id.sequence,
-                });
+            let block_bytes = header.block_bytes as u64;
+            let later = Later { at: index, position, block_bytes, sequence: header.id.sequence };
+            if position == bad_position && index == at && !block.damaged {
+                misplaced = Some(later);
+            } else if first.is_none() {
+                first = Some(later);
             }
             // In a rebuild, segments before this one may have been used again: then nothing is missing here.
-            if expected <= header.id.durable_sequence {
+            was_durable |= expected <= header.id.durable_sequence;
+            if was_durable && first.is_some() {
                 return Ok(first);
             }
-            position += header.block_bytes as u64;
+            position += block_bytes;
         }
     }
-    Ok(None)
+    Ok(misplaced.filter(|_| was_durable))
 }
 
 /// A block taken apart.
