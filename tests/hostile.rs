@@ -189,6 +189,7 @@ fn kinds_that_only_nodes_send_are_refused() {
         Kind::Published,
         Kind::Fetched,
         Kind::Located,
+        Kind::Damaged,
         Kind::Subscribed,
         Kind::Deliver,
     ];

@@ -90,14 +90,7 @@ fn options(mount: &Path) -> NodeOptions {
 }
 
 /// Copies the disk under load at a random moment. What must be on the copy: all that was told before the freeze began.
-fn cut(
-    outer: &Disk,
-    inner: &Disk,
-    copy: &Path,
-    acks: &Acks,
-    clerk: &Clerk,
-    random: &mut Random,
-) -> (Told, Noted) {
+fn cut(outer: &Disk, inner: &Disk, copy: &Path, acks: &Acks, clerk: &Clerk, random: &mut Random) -> (Told, Noted) {
     let before = acks.messages();
     wait_until("messages are acknowledged", || before + ACKS_MIN <= acks.messages());
     std::thread::sleep(Duration::from_micros(random.below(400_000) as u64));

@@ -4,9 +4,7 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use drava_client::session::{
-    Answer, Event, Limits, Received, Refusal, Request, RequestError, Session, SessionError,
-};
+use drava_client::session::{Answer, Event, Limits, Received, Refusal, Request, RequestError, Session, SessionError};
 
 /// How long an answer may take. Generous: the node may be recovering, its disk may be frozen.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -106,7 +104,7 @@ impl<T> Blocking<T> {
                             Some((tag, answer, payload))
                         }
                         Event::Refused(refusal) => return Err(refusal.into()),
-                        Event::Welcome(_) | Event::Deliver { .. } | Event::Ignored => None,
+                        Event::Welcome(_) | Event::Deliver { .. } | Event::Damaged { .. } | Event::Ignored => None,
                     };
                     self.input.drain(..consumed);
                     return Ok(answer);

@@ -290,11 +290,7 @@ fn compare(id: u64, stored: &[Option<(u64, u64)>], told: &[u64], findings: &mut 
 }
 
 /// Producer and sequence by offset. `None`: skipped or changed.
-fn read(
-    owner: SocketAddr,
-    partition: u64,
-    findings: &mut Findings,
-) -> Result<Vec<Option<(u64, u64)>>, WitnessError> {
+fn read(owner: SocketAddr, partition: u64, findings: &mut Findings) -> Result<Vec<Option<(u64, u64)>>, WitnessError> {
     let mut node = Blocking::<()>::connect(owner)?;
     let mut stored: Vec<Option<(u64, u64)>> = Vec::new();
     let mut offset = 0;
@@ -303,8 +299,11 @@ fn read(
         let broken = |source| WitnessError::Batch { partition, offset, source };
         let mut rest = &batches.payload[..];
         while !rest.is_empty() {
-            let batch_bytes = batch::check(rest).map_err(broken)?.batch_bytes as usize;
-            for record in Records::open(&rest[..batch_bytes], UNPACKED_BYTES_MAX).map_err(broken)?.iter() {
+            let batch_bytes = batch::header(rest).map_err(broken)?.batch_bytes as usize;
+            // One that is cut off is told by its check.
+            let batch = rest.get(..batch_bytes).unwrap_or(rest);
+            batch::check(batch).map_err(broken)?;
+            for record in Records::open(batch, UNPACKED_BYTES_MAX).map_err(broken)?.iter() {
                 let record = record.map_err(broken)?;
                 if record.offset < offset {
                     continue;

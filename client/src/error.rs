@@ -1,5 +1,6 @@
 //! What can go wrong, one enum an operation. Each tells the node's code where the node refused, and whether to try again.
 
+use std::ops::Range;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -116,6 +117,9 @@ pub enum ReadError {
         #[source]
         source: BatchError,
     },
+    /// These messages were stored and the node's disk has lost them. Reading goes on behind them.
+    #[error("the messages {} to {} of partition {partition} of {topic} are damaged on disk", offsets.start, offsets.end - 1)]
+    Damaged { topic: String, partition: u32, offsets: Range<u64> },
     #[error("partition {partition} answered a fetch from {offset} with {next_offset} as the next")]
     NoProgress { partition: u32, offset: u64, next_offset: u64 },
     #[error(transparent)]
@@ -142,6 +146,9 @@ pub enum SubscribeError {
         #[source]
         source: BatchError,
     },
+    /// These messages were stored and the node's disk has lost them. Deliveries go on behind them.
+    #[error("the messages {} to {} of partition {partition} of {topic} are damaged on disk", offsets.start, offsets.end - 1)]
+    Damaged { topic: String, partition: u32, offsets: Range<u64> },
     #[error(transparent)]
     Call(#[from] CallError),
     #[error("the consumer is closed")]
@@ -231,17 +238,23 @@ advice! {
         ReadError::OutOfRange { refusal, .. } => Some(refusal),
         ReadError::Topic(error) => error.refusal(),
         ReadError::Call(error) => error.refusal(),
-        ReadError::Batch { .. } | ReadError::NoProgress { .. } => None,
+        ReadError::Batch { .. } | ReadError::Damaged { .. } | ReadError::NoProgress { .. } => None,
     }, match self {
         ReadError::Topic(error) => error.retry(),
         ReadError::Call(error) => error.retry(),
-        ReadError::OutOfRange { .. } | ReadError::Batch { .. } | ReadError::NoProgress { .. } => Retry::No,
+        ReadError::OutOfRange { .. }
+        | ReadError::Batch { .. }
+        | ReadError::Damaged { .. }
+        | ReadError::NoProgress { .. } => Retry::No,
     };
     SubscribeError: self => match self {
         SubscribeError::Busy(refusal) | SubscribeError::Lost(refusal) => Some(refusal),
         SubscribeError::Topic(error) => error.refusal(),
         SubscribeError::Call(error) => error.refusal(),
-        SubscribeError::Name(_) | SubscribeError::Batch { .. } | SubscribeError::Closed => None,
+        SubscribeError::Name(_)
+        | SubscribeError::Batch { .. }
+        | SubscribeError::Damaged { .. }
+        | SubscribeError::Closed => None,
     }, match self {
         SubscribeError::Topic(error) => error.retry(),
         SubscribeError::Call(error) => error.retry(),
@@ -249,6 +262,7 @@ advice! {
         | SubscribeError::Busy(_)
         | SubscribeError::Lost(_)
         | SubscribeError::Batch { .. }
+        | SubscribeError::Damaged { .. }
         | SubscribeError::Closed => Retry::No,
     };
 }

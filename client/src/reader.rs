@@ -174,7 +174,8 @@ struct Chunk {
 impl Reader {
     /// The next message; none at the end, if the reader was built to end.
     ///
-    /// After an error the partition that it names is not read on; the others are.
+    /// After an error the partition that it names is not read on; the others are. [`ReadError::Damaged`] is no end: what
+    /// lies behind the damage follows.
     pub async fn next(&mut self) -> Result<Option<Message>, ReadError> {
         loop {
             if let Some(message) = self.buffered()? {
@@ -227,6 +228,10 @@ enum Step {
         next_offset: u64,
         elsewhere: bool,
     },
+    /// Messages that cannot be read, up to this offset.
+    Damaged {
+        next_offset: u64,
+    },
     /// Try again after a pause, here or wherever the partition is now.
     Pause,
 }
@@ -251,6 +256,17 @@ impl Lane {
                         () = tokio::time::sleep(backoff.pause()) => {}
                         () = fetched.closed() => return,
                     }
+                }
+                Ok(Step::Damaged { next_offset }) => {
+                    let (partition, offset) = (self.index, self.position);
+                    if next_offset <= offset {
+                        return permit.send(Err(ReadError::NoProgress { partition, offset, next_offset }));
+                    }
+                    backoff.reset();
+                    self.position = next_offset;
+                    let offsets = offset..self.end.map_or(next_offset, |end| end.min(next_offset));
+                    let topic = self.topic.as_str().to_owned();
+                    permit.send(Err(ReadError::Damaged { topic, partition, offsets }));
                 }
                 Ok(Step::Fetched { payload, next_offset, elsewhere }) => {
                     backoff.reset();
@@ -295,6 +311,7 @@ impl Lane {
                 Answer::Fetched { next_offset, .. } => {
                     Ok(Step::Fetched { payload: reply.payload, next_offset, elsewhere: reply.elsewhere })
                 }
+                Answer::Damaged { next_offset, .. } => Ok(Step::Damaged { next_offset }),
                 other => unreachable!("the session checked the kind of {other:?}"),
             },
             Err(CallError::Refused(refusal)) if refusal.code == ErrorCode::OffsetOutOfRange => {

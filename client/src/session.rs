@@ -116,6 +116,8 @@ pub enum Answer {
     Published { base_offset: u64, duplicate: bool },
     Fetched { next_offset: u64, start_offset: u64, end_offset: u64, payload: Range<usize> },
     Located { offset: u64, start_offset: u64, end_offset: u64 },
+    /// To a fetch: these messages are damaged on disk.
+    Damaged { first_offset: u64, next_offset: u64 },
     Subscribed { offset: u64, start_offset: u64, end_offset: u64 },
 }
 
@@ -133,6 +135,8 @@ pub enum Event<T> {
     },
     /// Batches of a subscription, each padded to 16 bytes, as a range of the slice given to [`Session::receive`].
     Deliver { consumer: u32, next_offset: u64, end_offset: u64, payload: Range<usize> },
+    /// Messages of a subscription that are damaged on disk; deliveries go on behind them.
+    Damaged { consumer: u32, first_offset: u64, next_offset: u64 },
     /// An error about the connection as a whole; the node closes it when the code says so.
     Refused(Refusal),
     /// The frame says nothing to this side: an answer that nobody waits for any longer, or a delivery to a consumer that
@@ -410,6 +414,7 @@ impl<T> Session<T> {
             Kind::Welcome => self.on_welcome(frame.body),
             Kind::Deliver => self.on_deliver(frame),
             Kind::Error => self.on_error(frame),
+            Kind::Damaged if frame.header.correlation == 0 => self.on_damaged(frame.body),
             Kind::Pong
             | Kind::Done
             | Kind::Topics
@@ -419,6 +424,7 @@ impl<T> Session<T> {
             | Kind::Published
             | Kind::Fetched
             | Kind::Located
+            | Kind::Damaged
             | Kind::Subscribed => self.on_answer(frame),
             Kind::Hello
             | Kind::Ping
@@ -471,6 +477,17 @@ impl<T> Session<T> {
         })
     }
 
+    fn on_damaged(&mut self, body: &[u8]) -> Result<Event<T>, SessionError> {
+        let body = message::access::<message::Damaged>(body)?;
+        let consumer = body.consumer.to_native();
+        let state = self.consumers.get(&consumer).ok_or(SessionError::UnknownConsumer(consumer))?;
+        if state.closing {
+            return Ok(Event::Ignored);
+        }
+        let (first_offset, next_offset) = (body.first_offset.to_native(), body.next_offset.to_native());
+        Ok(Event::Damaged { consumer, first_offset, next_offset })
+    }
+
     fn on_error(&mut self, frame: &Frame<'_>) -> Result<Event<T>, SessionError> {
         let body: message::Error = message::decode(frame.body)?;
         let refusal = Refusal {
@@ -507,7 +524,10 @@ impl<T> Session<T> {
             self.consumers.remove(&consumer);
         }
         match owed.wanted {
-            Some(Wanted { expected, tag: _ }) if expected != kind => {
+            // What cannot be fetched is answered with its name.
+            Some(Wanted { expected, tag: _ })
+                if expected != kind && (expected, kind) != (Kind::Fetched, Kind::Damaged) =>
+            {
                 Err(SessionError::AnswerKind { expected, answer: kind })
             }
             Some(Wanted { tag, expected: _ }) => {
@@ -598,6 +618,10 @@ fn decode_answer(frame: &Frame<'_>) -> Result<Answer, SessionError> {
                 start_offset: body.start_offset.to_native(),
                 end_offset: body.end_offset.to_native(),
             }
+        }
+        Kind::Damaged => {
+            let body = message::access::<message::Damaged>(body)?;
+            Answer::Damaged { first_offset: body.first_offset.to_native(), next_offset: body.next_offset.to_native() }
         }
         Kind::Subscribed => {
             let body = message::access::<message::Subscribed>(body)?;

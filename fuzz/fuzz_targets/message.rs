@@ -31,6 +31,7 @@ fuzz_target!(|data: &[u8]| {
         Kind::Published => read::<Published>(body),
         Kind::Fetch => read::<Fetch>(body),
         Kind::Fetched => read::<Fetched>(body),
+        Kind::Damaged => read::<Damaged>(body),
         Kind::Locate => read::<Locate>(body),
         Kind::Located => read::<Located>(body),
         Kind::Subscribe => read::<Subscribe>(body),

@@ -102,6 +102,8 @@ kinds! {
     Locate = 42;
     /// The answer to `Locate` and `Seek`.
     Located = 43;
+    /// Names messages that are damaged on disk: the answer to `Fetch` there, and pushed to a consumer who is past them.
+    Damaged = 44;
 
     /// Attaches a consumer to a durable subscription. Answered with `Subscribed`.
     Subscribe = 50;
@@ -407,6 +409,15 @@ bodies! {
         start_offset: u64,
         /// One past the last message that readers may see.
         end_offset: u64,
+    }
+    Damaged {
+        partition: u64,
+        /// The consumer that it is pushed to; 0 in an answer.
+        consumer: u32,
+        /// The first message that cannot be read.
+        first_offset: u64,
+        /// The first that may be read again: fetch from here.
+        next_offset: u64,
     }
     Locate { partition: u64, place: Place, }
     Located { offset: u64, start_offset: u64, end_offset: u64, }

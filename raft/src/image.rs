@@ -17,6 +17,8 @@ pub struct Image {
     pub topics: SharedMap<TopicName, Arc<Topic>>,
     pub partitions: SharedMap<PartitionId, Partition>,
     pub nodes: BTreeMap<NodeId, Arc<Node>>,
+    /// The next partition's id: all that there ever were have lower ones.
+    pub next_partition: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -24,7 +24,6 @@ pub struct State {
     /// Changed in place while nobody else holds it, copied when somebody does.
     image: Arc<Image>,
     next_topic: u64,
-    next_partition: u64,
     /// Partitions placed so far, deleted ones included: the next one goes to the next shard after the last.
     placed: u64,
 }
@@ -54,7 +53,7 @@ pub enum StateError {
 impl Default for State {
     fn default() -> Self {
         // 0 is no id, so that a forgotten one is seen.
-        Self { image: Arc::default(), next_topic: 1, next_partition: 1, placed: 0 }
+        Self { image: Arc::new(Image { next_partition: 1, ..Image::default() }), next_topic: 1, placed: 0 }
     }
 }
 
@@ -97,9 +96,9 @@ impl State {
         let image = Arc::make_mut(&mut self.image);
         let mut partitions = Vec::with_capacity(policy.partitions as usize);
         for index in 0..policy.partitions {
-            let id = PartitionId(self.next_partition);
+            let id = PartitionId(image.next_partition);
             let owner = slots[(self.placed % slots.len() as u64) as usize];
-            self.next_partition += 1;
+            image.next_partition += 1;
             self.placed += 1;
             partitions.push(id);
             image.partitions.insert(id, Partition { id, topic: name.clone(), index, owner, term: Term(1) });
@@ -248,7 +247,7 @@ impl State {
         let stored = StoredState {
             version: self.image.version,
             next_topic: self.next_topic,
-            next_partition: self.next_partition,
+            next_partition: self.image.next_partition,
             placed: self.placed,
             nodes: nodes.collect(),
             topics: topics.collect(),
@@ -273,7 +272,7 @@ impl State {
 
 fn from_stored(stored: StoredState) -> Result<State, StateError> {
     let contradiction = |text: String| StateError::Contradiction(text);
-    let mut image = Image { version: stored.version, ..Image::default() };
+    let mut image = Image { version: stored.version, next_partition: stored.next_partition, ..Image::default() };
     for node in stored.nodes {
         let id = NodeId(node.id);
         let node = Node {
@@ -318,12 +317,7 @@ fn from_stored(stored: StoredState) -> Result<State, StateError> {
             return Err(contradiction(format!("topic {name} is in it twice")));
         }
     }
-    Ok(State {
-        image: Arc::new(image),
-        next_topic: stored.next_topic,
-        next_partition: stored.next_partition,
-        placed: stored.placed,
-    })
+    Ok(State { image: Arc::new(image), next_topic: stored.next_topic, placed: stored.placed })
 }
 
 #[cfg(test)]

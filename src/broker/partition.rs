@@ -56,6 +56,23 @@ pub fn cursor_key(subscription: &str) -> Vec<u8> {
     key
 }
 
+/// The producers of a partition as they follow from its saved rows and the batches after them.
+pub fn producers_after<'a>(
+    partition: PartitionId,
+    rows: impl IntoIterator<Item = (&'a [u8], &'a [u8])>,
+    replayed: impl IntoIterator<Item = Replayed>,
+) -> Result<Producers, StateError> {
+    let mut producers = Producers::default();
+    for (key, value) in rows {
+        if let Some((&PRODUCER_PREFIX, id)) = key.split_first() {
+            let id = id.try_into().map_err(|_| StateError::Key { partition })?;
+            producers.restore(u64::from_be_bytes(id), value).map_err(|row| StateError::Producer { partition, row })?;
+        }
+    }
+    replayed.into_iter().for_each(|batch| take_replayed(&mut producers, &batch));
+    Ok(producers)
+}
+
 impl Partition {
     pub fn new(id: PartitionId, topic: TopicName, durability: Durability) -> Partition {
         Partition { id, topic, durability, producers: Producers::default(), subscriptions: Subscriptions::default() }
@@ -88,17 +105,19 @@ impl Partition {
                 Some(_) | None => return Err(StateError::Key { partition }),
             }
         }
-        for batch in replayed {
-            self.producers.replay(
-                batch.producer,
-                batch.producer_epoch,
-                batch.base_sequence,
-                batch.record_count,
-                batch.base_offset,
-            );
-        }
+        replayed.into_iter().for_each(|batch| take_replayed(&mut self.producers, &batch));
         Ok(())
     }
+}
+
+fn take_replayed(producers: &mut Producers, batch: &Replayed) {
+    producers.replay(
+        batch.producer,
+        batch.producer_epoch,
+        batch.base_sequence,
+        batch.record_count,
+        batch.base_offset,
+    );
 }
 
 /// The sequence after the last message of a batch.

@@ -6,13 +6,14 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::os::fd::AsFd;
 
 use clap::{Args, ValueEnum};
-use drava_client::{Client, Consumer, Message, Place, Reader};
+use drava_client::{Client, Consumer, Message, Place, ReadError, Reader, SubscribeError};
 
 use super::connect::{ServerOptions, block_on};
-use super::{Failure, json, quantity};
+use super::{Exit, Failure, json, quantity};
 
 /// Written at once.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -94,13 +95,14 @@ impl ConsumeCommand {
             builder = builder.until_end();
         }
         let mut reader = builder.build().await?;
+        let mut missing = Missing::default();
         let outcome = tokio::select! {
-            outcome = write_all(&mut reader, &mut writer) => outcome,
+            outcome = write_all(&mut reader, &mut writer, &mut missing) => outcome,
             _ = tokio::signal::ctrl_c() => Ok(()),
         };
         // Also after an error: what came before it was asked for.
         let flushed = writer.flush();
-        outcome.and(flushed).or_else(Stop::into_result)
+        outcome.and(flushed).or_else(Stop::into_result).and(missing.into_result())
     }
 
     async fn subscribe(&self, client: &Client, name: &str, mut writer: Writer) -> Result<(), Failure> {
@@ -114,8 +116,9 @@ impl ConsumeCommand {
         let mut consumer = builder.build().await?;
         let mut ends = if self.follow { None } else { Some(self.ends(client, name).await?) };
         let mut written = BTreeMap::new();
+        let mut missing = Missing::default();
         let outcome = tokio::select! {
-            outcome = deliver_all(&mut consumer, &mut writer, &mut ends, &mut written) => outcome,
+            outcome = deliver_all(&mut consumer, &mut writer, &mut ends, &mut written, &mut missing) => outcome,
             _ = tokio::signal::ctrl_c() => Ok(()),
         };
         let outcome = match writer.flush() {
@@ -126,7 +129,7 @@ impl ConsumeCommand {
             Err(stop) => outcome.and(Err(stop)),
         };
         let closed = consumer.close().await.map_err(Failure::from);
-        outcome.or_else(Stop::into_result).and(closed)
+        outcome.or_else(Stop::into_result).and(closed).and(missing.into_result())
     }
 
     /// By index of a partition that holds messages beyond the cursor: the offset to end before.
@@ -146,7 +149,7 @@ impl ConsumeCommand {
     }
 }
 
-async fn write_all(reader: &mut Reader, writer: &mut Writer) -> Result<(), Stop> {
+async fn write_all(reader: &mut Reader, writer: &mut Writer, missing: &mut Missing) -> Result<(), Stop> {
     while 0 < writer.left {
         // What is here already is gathered; only when nothing is, the buffer is written before we wait.
         let next = match futures_lite::future::poll_once(reader.next()).await {
@@ -156,10 +159,15 @@ async fn write_all(reader: &mut Reader, writer: &mut Writer) -> Result<(), Stop>
                 reader.next().await
             }
         };
-        match next.map_err(Failure::from)? {
-            Some(message) => writer.write(&message)?,
-            None => break,
-        };
+        match next {
+            Ok(Some(message)) => drop(writer.write(&message)?),
+            Ok(None) => break,
+            Err(error @ ReadError::Damaged { .. }) => {
+                let ReadError::Damaged { offsets, .. } = &error else { unreachable!("matched above") };
+                missing.note(offsets, &error);
+            }
+            Err(error) => return Err(Failure::from(error).into()),
+        }
     }
     Ok(())
 }
@@ -169,6 +177,7 @@ async fn deliver_all(
     writer: &mut Writer,
     ends: &mut Option<BTreeMap<u32, u64>>,
     written: &mut BTreeMap<u32, u64>,
+    missing: &mut Missing,
 ) -> Result<(), Stop> {
     while 0 < writer.left && ends.as_ref().is_none_or(|ends| !ends.is_empty()) {
         let next = match futures_lite::future::poll_once(consumer.next()).await {
@@ -179,7 +188,22 @@ async fn deliver_all(
                 consumer.next().await
             }
         };
-        let message = next.map_err(Failure::from)?;
+        let message = match next {
+            Ok(message) => message,
+            Err(error @ SubscribeError::Damaged { .. }) => {
+                let SubscribeError::Damaged { partition, offsets, .. } = &error else { unreachable!("matched above") };
+                missing.note(offsets, &error);
+                // Said once is enough: the cursor goes past what nobody will ever read.
+                written.insert(*partition, offsets.end);
+                if let Some(ends) = ends
+                    && ends.get(partition).is_some_and(|end| *end <= offsets.end)
+                {
+                    ends.remove(partition);
+                }
+                continue;
+            }
+            Err(error) => return Err(Failure::from(error).into()),
+        };
         if let Some(ends) = ends {
             // Messages of a partition that has reached its end are left for the next time.
             match ends.get(&message.partition) {
@@ -202,6 +226,29 @@ async fn deliver_all(
         }
     }
     Ok(())
+}
+
+/// Messages that the node has lost. They are told at once, and counted for the exit code.
+#[derive(Debug, Default)]
+struct Missing {
+    messages: u64,
+}
+
+impl Missing {
+    fn note(&mut self, offsets: &Range<u64>, error: &dyn std::error::Error) {
+        self.messages = self.messages.saturating_add(offsets.end - offsets.start);
+        drop(writeln!(io::stderr(), "drava: {error}; going on at {}", offsets.end));
+    }
+
+    fn into_result(self) -> Result<(), Failure> {
+        match self.messages {
+            0 => Ok(()),
+            messages => Err(Failure::new(
+                Exit::Damaged,
+                format!("{messages} messages are damaged on disk and were left out; everything else was written"),
+            )),
+        }
+    }
 }
 
 /// Acknowledges what was written, by partition: everything below.

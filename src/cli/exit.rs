@@ -45,8 +45,10 @@ exits! {
     Denied = 6,
     /// The host or the data directory is not fit for a node.
     HostUnfit = 7,
-    /// The disk is full, failed or damaged.
+    /// The disk is full or failed, or nothing could be read from it.
     Storage = 8,
+    /// Messages are damaged on disk; what can be read was read.
+    Damaged = 9,
     /// A bug stopped the node.
     Panic = 70,
 }
@@ -214,6 +216,7 @@ impl From<ReadError> for Failure {
             ReadError::Topic(error) => exit_of_topic(error),
             ReadError::OutOfRange { .. } => Exit::NotFound,
             ReadError::Batch { .. } => Exit::Storage,
+            ReadError::Damaged { .. } => Exit::Damaged,
             ReadError::NoProgress { .. } => Exit::Failed,
             ReadError::Call(error) => exit_of_call(error),
         };
@@ -228,6 +231,7 @@ impl From<SubscribeError> for Failure {
             SubscribeError::Name(_) => Exit::Usage,
             SubscribeError::Busy(_) | SubscribeError::Lost(_) => Exit::Conflict,
             SubscribeError::Batch { .. } => Exit::Storage,
+            SubscribeError::Damaged { .. } => Exit::Damaged,
             SubscribeError::Call(error) => exit_of_call(error),
             SubscribeError::Closed => Exit::Failed,
         };

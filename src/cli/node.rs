@@ -80,7 +80,7 @@ impl From<BootError> for Failure {
                 Failure::new(Exit::HostUnfit, format!("{error}:\n{}", lines.join("\n")))
             }
             BootError::DataDir(_) | BootError::Port(_) => Failure::new(Exit::HostUnfit, with_sources(&error)),
-            BootError::Index { .. }
+            BootError::Reshard(_)
             | BootError::Executor { .. }
             | BootError::Shard(_)
             | BootError::Control(_)

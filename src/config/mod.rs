@@ -113,6 +113,18 @@ section! {
         /// wait when they hold more. 0: twice the sum of `cache_bytes`, two times
         /// `staged_bytes_max`, and 64 MiB.
         memory_bytes: u64 = 0, Bytes, Range::Numbers(0..=1 << 40);
+        /// What a shard reads in a second to check what it stored long ago, while its disk is not late. 0: nothing is
+        /// checked before somebody reads it.
+        scrub_bytes_per_s: u64 = 8 << 20, Bytes, Range::Numbers(0..=16 << 30);
+        /// The next check of everything begins so long after the last one began, or at its end if that takes longer.
+        scrub_interval_s: u64 = 7 * 86_400, Seconds, Range::Numbers(1..=365 * 86_400);
+        /// What a shard copies in a second to bring together what is live in old segments, while its disk is not late. 0:
+        /// room that lies between live messages does not come back.
+        compaction_bytes_per_s: u64 = 64 << 20, Bytes, Range::Numbers(0..=16 << 30);
+        /// A segment is compacted when at least so much of it is dead, and there is enough of it to win a segment.
+        compaction_garbage_percent: u32 = 50, None, Range::Numbers(1..=100);
+        /// A segment is compacted when a reader who catches up gets less than this with each read of it on average.
+        compaction_fragment_bytes: u64 = 64 << 10, Bytes, Range::Numbers(0..=1 << 20);
     }
 }
 
@@ -258,6 +270,10 @@ impl StorageConfig {
 
     pub fn ledger_age_max(&self) -> Duration {
         Duration::from_secs(self.ledger_age_max_s)
+    }
+
+    pub fn scrub_interval(&self) -> Duration {
+        Duration::from_secs(self.scrub_interval_s)
     }
 
     pub fn cursor_save_interval(&self) -> Duration {

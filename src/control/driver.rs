@@ -25,6 +25,7 @@ use drava_raft::{
 use drava_runtime::executor::mark_active;
 use drava_runtime::foreign::{Inbox, InboxSender, ReplySender};
 use drava_runtime::task::Stop;
+use drava_storage::Damage;
 use futures_lite::future;
 
 use super::handle::{ControlHandle, Readiness};
@@ -41,6 +42,8 @@ pub struct ControlConfig {
     pub group: GroupConfig,
     /// This node, as it makes itself known: one port for each of its shards.
     pub registration: Registration,
+    /// The highest partition that a store of this node holds something of.
+    pub highest_partition: Option<PartitionId>,
     /// How long shards may take to open what the first image says is theirs.
     pub start_timeout: Duration,
     /// How long shards may take to serve by a later image before the requester is told that they do not yet.
@@ -54,6 +57,7 @@ impl ControlConfig {
         ControlConfig {
             group: GroupConfig::new(NodeId(registration.node)),
             registration,
+            highest_partition: None,
             start_timeout: Duration::from_secs(60),
             shard_timeout: Duration::from_secs(10),
             drain_timeout: Duration::from_secs(30),
@@ -86,6 +90,11 @@ pub enum ControlError {
     Start(#[from] StartError),
     #[error("this node cannot take its place: {0}")]
     Register(#[from] ProposeError),
+    #[error(
+        "the metadata is incomplete: the store holds partition {stored}, and only those below {next_partition} were ever made; \
+         the node does not start, for it would take that partition for a deleted one. Restore `meta` of the data directory"
+    )]
+    Incomplete { stored: PartitionId, next_partition: u64 },
     #[error("the node did not start: {0}")]
     Shard(#[from] ShardLate),
     #[error(transparent)]
@@ -161,6 +170,13 @@ impl ControlCore {
         if let Err(error) = group.propose(Command::RegisterNode(config.registration)).await {
             group.shutdown().await;
             return Err(error.into());
+        }
+        // A partition is in the metadata durably before a store hears of it, and ids only grow. Where a store knows more,
+        // the metadata has lost its end: to the disk a cut-off log and a torn write are the same.
+        let next_partition = group.image().next_partition;
+        if let Some(stored) = config.highest_partition.filter(|stored| next_partition <= stored.0) {
+            group.shutdown().await;
+            return Err(ControlError::Incomplete { stored, next_partition });
         }
         let shards = Shards::new(shards);
         shards.follow(&group);
@@ -262,6 +278,10 @@ impl ControlCore {
 
     pub async fn shard_stats(&self) -> Vec<ShardStats> {
         self.shards.stats().await
+    }
+
+    pub async fn damage(&self) -> Vec<(u16, Vec<Damage>)> {
+        self.shards.damage().await
     }
 
     pub async fn describe_partition(&self, partition: PartitionId) -> Option<PartitionState> {

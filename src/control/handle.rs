@@ -7,6 +7,7 @@ use drava_protocol::PartitionId;
 use drava_protocol::message::{PartitionPlace, PartitionState, TopicPolicy};
 use drava_protocol::topic::TopicName;
 use drava_raft::{Image, Topic};
+use drava_storage::Damage;
 
 use super::driver::ControlCore;
 use super::request::Refused;
@@ -63,6 +64,11 @@ impl ControlHandle {
     /// `None`: no such partition, it lives on another node, or its shard does not answer in time.
     pub async fn describe_partition(&self, partition: PartitionId) -> Option<PartitionState> {
         self.0.describe_partition(partition).await
+    }
+
+    /// What of their stores cannot be read any more, by shard; one that does not answer in time is left out.
+    pub async fn damage(&self) -> Vec<(u16, Vec<Damage>)> {
+        self.0.damage().await
     }
 
     pub fn readiness(&self) -> Readiness {

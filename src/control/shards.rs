@@ -15,6 +15,7 @@ use drava_raft::MetadataGroup;
 use drava_runtime::executor::mark_active;
 use drava_runtime::foreign::{InboxSender, ReplySender, reply};
 use drava_runtime::local::Broadcast;
+use drava_storage::Damage;
 use futures_lite::future;
 
 use crate::shard::command::ShardCommand;
@@ -109,12 +110,23 @@ impl Shards {
 
     /// The figures of the shards that answer in time, by shard.
     pub async fn stats(&self) -> Vec<ShardStats> {
-        let asked: Vec<_> = self.links.iter().map(|link| ask(link, |reply| ShardCommand::Stats { reply })).collect();
+        let answers = self.ask_all(|reply| ShardCommand::Stats { reply }).await;
+        answers.into_iter().map(|(_, stats)| stats).collect()
+    }
+
+    /// What is damaged, of the shards that answer in time.
+    pub async fn damage(&self) -> Vec<(u16, Vec<Damage>)> {
+        self.ask_all(|reply| ShardCommand::Damage { reply }).await
+    }
+
+    /// The answers that come in time, each with its shard.
+    async fn ask_all<T>(&self, command: impl Fn(ReplySender<T>) -> ShardCommand) -> Vec<(u16, T)> {
+        let asked: Vec<_> = self.links.iter().map(|link| ask(link, &command)).collect();
         let mut all = Vec::with_capacity(asked.len());
         let deadline = std::time::Instant::now() + ANSWER_TIMEOUT;
-        for answer in asked {
+        for (shard, answer) in (0..).zip(asked) {
             let left = deadline.saturating_duration_since(std::time::Instant::now());
-            all.extend(within(left, answer).await.flatten());
+            all.extend(within(left, answer).await.flatten().map(|answer| (shard, answer)));
         }
         all
     }

@@ -52,13 +52,20 @@ struct FakeShard {
     image: RefCell<Arc<Image>>,
     stuck: Cell<bool>,
     drained: Cell<bool>,
+    /// What its store holds.
+    highest_partition: Cell<Option<PartitionId>>,
 }
 
 impl FakeShard {
     fn start(id: u16) -> (Rc<FakeShard>, InboxSender<ShardCommand>) {
         let (sender, commands) = inbox();
-        let shard =
-            Rc::new(FakeShard { id, image: RefCell::default(), stuck: Cell::new(false), drained: Cell::new(false) });
+        let shard = Rc::new(FakeShard {
+            id,
+            image: RefCell::default(),
+            stuck: Cell::new(false),
+            drained: Cell::new(false),
+            highest_partition: Cell::new(None),
+        });
         drava_runtime::spawn(shard.clone().obey(commands));
         (shard, sender)
     }
@@ -131,7 +138,9 @@ impl Node {
                 *door.borrow_mut() = None;
             }
         };
-        let running = drava_runtime::spawn(run(config(shards.len() as u16), Rc::new(disk.clone()), ends, serve));
+        let highest_partition = shards.iter().filter_map(|shard| shard.highest_partition.get()).max();
+        let config = ControlConfig { highest_partition, ..config(shards.len() as u16) };
+        let running = drava_runtime::spawn(run(config, Rc::new(disk.clone()), ends, serve));
         match started.await.expect("the core says whether it started") {
             Ok(started) => {
                 while door.borrow().is_none() {
@@ -280,6 +289,33 @@ fn metadata_survives_a_restart_and_follows_the_number_of_shards() {
         // The first image that a shard sees is complete: it deletes what it has and the image has not.
         assert!(node.shards.iter().all(|shard| shard.image.borrow().topics.get(&name("a")) == Some(&first)));
         node.drain().await;
+    });
+}
+
+#[test]
+fn metadata_that_lost_its_end_starts_no_shard() {
+    on_executor(async {
+        let disk = MemoryDisk::default();
+        let node = Node::start(&disk, 2).await.unwrap();
+        let topic = node.handle.create_topic(name("a"), policy(3), false).await.unwrap();
+        node.handle.delete_topic(name("a")).await.unwrap();
+        node.drain().await;
+        let highest = *topic.partitions.last().unwrap();
+        let holding = |shard: &FakeShard| shard.highest_partition.set((shard.id == 1).then_some(highest));
+        // Deleted partitions were made once: what is left of them may go.
+        Node::start_with(&disk, 2, holding).await.unwrap().drain().await;
+        // Another disk has never heard of it. A shard that saw this image would delete what it has.
+        let other = MemoryDisk::default();
+        let started = Node::start_with(&other, 2, |shard| {
+            holding(shard);
+            shard.stuck.set(true);
+        });
+        let (text, error) = started.await.err().expect("it does not start");
+        assert!(
+            matches!(error, ControlError::Incomplete { stored, next_partition: 1 } if stored == highest),
+            "{error}"
+        );
+        assert!(text.contains("the metadata is incomplete"), "{text}");
     });
 }
 

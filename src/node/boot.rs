@@ -1,7 +1,7 @@
 //! Boot: from a configuration to a node that serves, and to one that stopped in order.
 //!
 //! 1. Probe the host: what is missing is said in plain words, before anything is touched.
-//! 2. Lock the data directory, settle the ports, open the index.
+//! 2. Lock the data directory, settle the ports, bring the stores to the number of shards, open the index.
 //! 3. Start one executor for each shard; each opens its store and replays its journal.
 //! 4. Start the control core: it gives the shards their first metadata image, and they listen.
 //! 5. Wait for SIGTERM or SIGINT, then drain: finish what is in flight, seal, exit 0.
@@ -16,12 +16,13 @@ use drava_protocol::{NodeId, ShardId};
 use drava_raft::Registration;
 use drava_runtime::foreign::{self, Inbox, InboxSender};
 use drava_runtime::{Executor, ExecutorConfig, ExecutorHandle};
-use drava_storage::{IndexDb, StoreConfig};
+use drava_storage::{StoreConfig, StoreId};
 use signal_hook::iterator::Signals;
 
 use super::data_dir::DataDir;
 use super::ports::{Held, Ports};
 use super::probe::{self, Finding};
+use super::reshard;
 use crate::config::NodeConfig;
 use crate::control::http::{HttpConfig, HttpServer};
 use crate::control::meta_disk::NodeMetaDisk;
@@ -41,8 +42,8 @@ pub enum BootError {
     DataDir(#[from] super::data_dir::DataDirError),
     #[error(transparent)]
     Port(#[from] super::ports::PortError),
-    #[error("the index in {}: {source}", path.display())]
-    Index { path: PathBuf, source: drava_storage::IndexError },
+    #[error(transparent)]
+    Reshard(#[from] super::reshard::ReshardError),
     #[error("the executor of {what} did not start: {source}")]
     Executor { what: String, source: std::io::Error },
     #[error("{0}")]
@@ -77,18 +78,22 @@ pub fn start(config: &NodeConfig) -> Result<RunningNode, BootError> {
     if findings.iter().any(Finding::is_failed) {
         return Err(BootError::Host(findings));
     }
-    let data_dir = DataDir::open(config)?;
+    let mut data_dir = DataDir::open(config)?;
     let (ports, held) = Ports::settle(config)?;
-    let index_path = data_dir.index();
-    let index_db = IndexDb::open(&index_path, config.shards)
-        .map_err(|source| BootError::Index { path: index_path.clone(), source })?;
+    if let Some(resharded) = reshard::follow(config, &mut data_dir)? {
+        tracing::info!("{resharded}");
+    }
+    let stores: Vec<StoreId> = data_dir.stores().collect();
+    let indexes = reshard::indexes(&data_dir, &stores)?;
+    let foreign = reshard::drain(&mut data_dir, &indexes)?;
 
     let (control, control_inbox) = foreign::inbox();
     let (started_sender, started) = mpsc::channel();
     let shard_ports: Arc<[u16]> = ports.shards.clone().into();
     let mut shard_senders = Vec::new();
     let mut executors = Vec::new();
-    for (number, mesh) in shard::full_mesh(config.shards).into_iter().enumerate() {
+    let meshes = shard::full_mesh(config.shards).into_iter();
+    for (number, (mesh, (store, index))) in meshes.zip(stores.into_iter().zip(indexes)).enumerate() {
         let id = ShardId(number as u16);
         let (commands, inbox) = foreign::inbox();
         shard_senders.push(commands);
@@ -100,19 +105,20 @@ pub fn start(config: &NodeConfig) -> Result<RunningNode, BootError> {
             ports: shard_ports.clone(),
             advertised_host: config.advertised_host.clone(),
             limits: limits(config),
-            store: store_config(config, &data_dir, id),
+            store: StoreConfig { foreign: foreign.clone(), ..store_config(config, &data_dir, store) },
             mesh,
             commands: inbox,
             control: control.clone(),
             started: started_sender.clone(),
         };
-        let index = index_db.shard(id);
         let executor = ExecutorConfig::new(format!("shard-{number}"), config.shard_core(id.0));
         let handle = Executor::start(executor, move || shard::run(shard_config, index))
             .map_err(|source| BootError::Executor { what: format!("shard {id}"), source })?;
         executors.push(handle);
     }
     drop(started_sender);
+    // Those of the shards are the last ones: with them the thread that drains ends.
+    drop(foreign);
     let mut recovered = Vec::new();
     for _ in 0..config.shards {
         // A shard that ends without a word has panicked, and then the process is gone.
@@ -125,7 +131,7 @@ pub fn start(config: &NodeConfig) -> Result<RunningNode, BootError> {
     let signals =
         Signals::new([signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT]).map_err(BootError::Signals)?;
     let (control_executor, control_started) =
-        start_control(config, &data_dir, &ports, held, control_inbox, shard_senders)?;
+        start_control(config, &data_dir, &ports, held, &recovered, control_inbox, shard_senders)?;
     data_dir.write_ports(&ports)?;
     Ok(RunningNode {
         ports,
@@ -146,6 +152,7 @@ fn start_control(
     data_dir: &DataDir,
     ports: &Ports,
     held: Held,
+    recovered: &[Started],
     requests: Inbox<ControlRequest>,
     shards: Vec<InboxSender<ShardCommand>>,
 ) -> Result<(ExecutorHandle<Result<(), String>>, ControlStarted), BootError> {
@@ -163,6 +170,7 @@ fn start_control(
     };
     let mut control_config = ControlConfig::new(registration);
     control_config.drain_timeout = config.drain_timeout();
+    control_config.highest_partition = recovered.iter().filter_map(|found| found.highest_partition).max();
     let meta = data_dir.meta();
     let admin: SocketAddr = ports.admin;
     let executor = ExecutorConfig::new("control", config.control_core());
@@ -257,11 +265,11 @@ fn limits(config: &NodeConfig) -> Limits {
     }
 }
 
-fn store_config(config: &NodeConfig, data_dir: &DataDir, shard: ShardId) -> StoreConfig {
+pub(super) fn store_config(config: &NodeConfig, data_dir: &DataDir, store: StoreId) -> StoreConfig {
     let storage = &config.storage;
     StoreConfig {
-        dir: data_dir.shard(shard),
-        shard,
+        dir: data_dir.store(store),
+        shard: ShardId(store.0),
         segment_bytes: storage.segment_bytes,
         segments_spare: storage.segments_spare as usize,
         cache_bytes: storage.cache_bytes,
@@ -272,6 +280,11 @@ fn store_config(config: &NodeConfig, data_dir: &DataDir, shard: ShardId) -> Stor
         disk_reserve_bytes: storage.disk_reserve_bytes,
         verify_reads: storage.verify_reads,
         memory_bytes: storage.memory_bytes(),
+        scrub_bytes_per_s: storage.scrub_bytes_per_s,
+        scrub_interval: storage.scrub_interval(),
+        compaction_bytes_per_s: storage.compaction_bytes_per_s,
+        compaction_garbage_percent: storage.compaction_garbage_percent,
+        compaction_fragment_bytes: storage.compaction_fragment_bytes,
         ..StoreConfig::default()
     }
 }

@@ -20,7 +20,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
-use drava_protocol::ShardId;
+use drava_storage::StoreId;
 use serde::{Deserialize, Serialize};
 
 use crate::config::NodeConfig;
@@ -32,6 +32,7 @@ pub const FORMAT: u32 = 2;
 
 /// The number behind is that of the metadata group's log.
 const STORES_MAX: u16 = u16::MAX;
+const STORE_PREFIX: &str = "shard-";
 const LOCK_FILE: &str = "lock";
 const FORMAT_FILE: &str = "format.json";
 const PORTS_FILE: &str = "ports.json";
@@ -67,10 +68,6 @@ struct FormatOne {
     incarnation: String,
     shards: u16,
 }
-
-/// The number of a store: names its directory and its family of the index, and is in its segments.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct StoreId(pub u16);
 
 /// A locked data directory. The lock ends with this value, or with the process.
 #[derive(Debug)]
@@ -118,6 +115,7 @@ impl DataDir {
             tracing::info!(from = dir.format.format, to = FORMAT, "the format of the data directory is upgraded");
         }
         let dir = DataDir { format: Format { format: FORMAT, ..dir.format }, ..dir };
+        dir.remove_unused()?;
         for folder in [dir.meta(), dir.index()].into_iter().chain(dir.stores().map(|store| dir.store(store))) {
             fs::create_dir_all(&folder).map_err(at("make the directory", &folder))?;
         }
@@ -150,7 +148,7 @@ impl DataDir {
 
     /// The segments of a store.
     pub fn store(&self, store: StoreId) -> PathBuf {
-        self.path.join(format!("shard-{:03}", store.0))
+        self.path.join(format!("{STORE_PREFIX}{:03}", store.0))
     }
 
     /// The stores that shards write to, by shard.
@@ -170,6 +168,21 @@ impl DataDir {
         let next_store = next_store.ok_or_else(|| DataDirError::NoStoreLeft { dir: self.path.clone() })?;
         let draining = old.draining.iter().chain(&old.stores).copied().collect();
         Ok(Layout { stores: (old.next_store..next_store).collect(), draining, next_store })
+    }
+
+    /// Directories of stores that a start cut short made and never decided for are empty.
+    fn remove_unused(&self) -> Result<(), DataDirError> {
+        for entry in fs::read_dir(&self.path).map_err(at("list", &self.path))? {
+            let folder = entry.map_err(at("list", &self.path))?.path();
+            let name = folder.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let store = name.strip_prefix(STORE_PREFIX).and_then(|number| number.parse::<u16>().ok());
+            if store.is_some_and(|store| self.format.layout.next_store <= store)
+                && let Err(error) = fs::remove_dir(&folder)
+            {
+                tracing::warn!(folder = %folder.display(), %error, "there is no such store, and the directory is not empty");
+            }
+        }
+        Ok(())
     }
 
     /// Makes the directories of a layout that is about to be taken.
@@ -206,6 +219,11 @@ pub fn holder(dir: &Path) -> Option<Option<u32>> {
         Err(TryLockError::WouldBlock) => Some(read_pid(&mut file)),
         Ok(()) | Err(TryLockError::Error(_)) => None,
     }
+}
+
+/// Whether a node made it.
+pub fn is_made(dir: &Path) -> bool {
+    dir.join(FORMAT_FILE).exists()
 }
 
 /// What `ports.json` says, if there is one.
@@ -372,7 +390,7 @@ mod tests {
         let first = DataDir::open(&config).unwrap();
         assert!(first.is_new());
         assert_eq!(first.format().incarnation.len(), 32);
-        assert!(first.shard(ShardId(1)).ends_with("shard-001") && first.shard(ShardId(1)).is_dir());
+        assert!(first.store(StoreId(1)).ends_with("shard-001") && first.store(StoreId(1)).is_dir());
         let format = first.format().clone();
         drop(first);
         let second = DataDir::open(&config).unwrap();
@@ -395,23 +413,78 @@ mod tests {
     }
 
     #[test]
-    fn directories_of_another_format_node_or_shard_count_are_refused() {
+    fn directories_of_another_format_or_node_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let config = config(folder.path());
         drop(DataDir::open(&config).unwrap());
         let other = NodeConfig { node_id: 2, ..config.clone() };
         assert!(matches!(DataDir::open(&other), Err(DataDirError::OtherNode { found: 1, configured: 2, .. })));
-        let other = NodeConfig { shards: 3, ..config.clone() };
-        assert!(matches!(DataDir::open(&other), Err(DataDirError::OtherShards { found: 2, configured: 3, .. })));
         let file = config.data_dir.join(FORMAT_FILE);
         fs::write(&file, r#"{"format":7,"cells":[]}"#).unwrap();
         assert!(matches!(DataDir::open(&config), Err(DataDirError::OtherFormat { found: 7, .. })));
-        for damaged in ["", "{", "{}", r#"{"format":1}"#, "\u{0}"] {
+        for damaged in ["", "{", "{}", r#"{"format":1}"#, r#"{"format":2}"#, "\u{0}"] {
             fs::write(&file, damaged).unwrap();
             assert!(matches!(DataDir::open(&config), Err(DataDirError::Damaged { .. })), "{damaged}");
         }
         fs::write(&file, [0xff, 0xfe]).unwrap();
         assert!(matches!(DataDir::open(&config), Err(DataDirError::Damaged { .. })));
+    }
+
+    #[test]
+    fn a_directory_of_format_1_is_upgraded_in_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config(folder.path());
+        fs::create_dir_all(&config.data_dir).unwrap();
+        let file = config.data_dir.join(FORMAT_FILE);
+        fs::write(&file, r#"{"format":1,"node":1,"incarnation":"00ff","shards":3}"#).unwrap();
+        for _ in 0..2 {
+            // Opened with another number than it was written with: that is for the layout to follow later.
+            let dir = DataDir::open(&config).unwrap();
+            let expected = Layout { stores: vec![0, 1, 2], draining: Vec::new(), next_store: 3 };
+            assert_eq!(dir.format().layout, expected);
+            assert_eq!((dir.format().format, &dir.format().incarnation[..]), (2, "00ff"));
+            assert!(!dir.is_new());
+        }
+        let text = fs::read_to_string(&file).unwrap();
+        assert_eq!(
+            text,
+            "{\"format\":2,\"node\":1,\"incarnation\":\"00ff\",\"stores\":[0,1,2],\"draining\":[],\"next_store\":3}\n"
+        );
+    }
+
+    #[test]
+    fn a_layout_gives_every_store_a_number_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut dir = DataDir::open(&config(folder.path())).unwrap();
+        for (shards, stores, draining) in [(3, 2..5, 0..2), (1, 5..6, 0..5)] {
+            let layout = dir.layout_for(shards).unwrap();
+            assert_eq!(layout.stores, stores.collect::<Vec<u16>>());
+            assert_eq!(layout.draining, draining.collect::<Vec<u16>>());
+            assert_eq!(layout.contradiction(), None);
+            dir.prepare(&layout).unwrap();
+            dir.set_layout(layout).unwrap();
+        }
+        drop(dir);
+        let config = config(folder.path());
+        fs::create_dir(config.data_dir.join("shard-017")).unwrap();
+        let mut dir = DataDir::open(&config).unwrap();
+        assert_eq!(dir.stores().collect::<Vec<_>>(), [StoreId(5)]);
+        assert!(!dir.store(StoreId(17)).exists(), "made by a start that was cut short");
+        let last = Layout { stores: vec![5], draining: Vec::new(), next_store: STORES_MAX - 1 };
+        dir.set_layout(last).unwrap();
+        assert!(matches!(dir.layout_for(2), Err(DataDirError::NoStoreLeft { .. })));
+        assert_eq!(dir.layout_for(1).unwrap().stores, [STORES_MAX - 1]);
+        drop(dir);
+        for damaged in [
+            r#""stores":[],"draining":[],"next_store":1"#,
+            r#""stores":[1,1],"draining":[],"next_store":2"#,
+            r#""stores":[1],"draining":[1],"next_store":2"#,
+            r#""stores":[2],"draining":[],"next_store":2"#,
+        ] {
+            let text = format!(r#"{{"format":2,"node":1,"incarnation":"00",{damaged}}}"#);
+            fs::write(config.data_dir.join(FORMAT_FILE), text).unwrap();
+            assert!(matches!(DataDir::open(&config), Err(DataDirError::Damaged { .. })), "{damaged}");
+        }
     }
 
     #[test]

@@ -86,6 +86,8 @@ pub struct Facts {
     pub durable_write: Result<Duration, String>,
     /// On the file system of the data directory.
     pub free_bytes: Result<u64, String>,
+    /// The data directory is a node's already.
+    pub has_data: bool,
     /// The node that runs on the data directory; the inner `None`: it left no pid.
     pub holder: Option<Option<u32>>,
     pub ports_taken: Vec<(SocketAddr, String)>,
@@ -109,6 +111,7 @@ impl Facts {
             files_max,
             durable_write: durable_write(dir).map_err(|error| error.to_string()),
             free_bytes: free_bytes(dir).map_err(|error| error.to_string()),
+            has_data: data_dir::is_made(&config.data_dir),
             ports_taken: if holder.is_some() { Vec::new() } else { ports_taken(config) },
             holder,
         }
@@ -263,6 +266,12 @@ fn free_space(config: &NodeConfig, facts: &Facts) -> Finding {
     let first = u64::from(config.shards) * (u64::from(storage.segments_spare) + 1) * storage.segment_bytes;
     match &facts.free_bytes {
         Err(error) => warning(CHECK, error.clone(), "the space of data_dir cannot be read".to_owned()),
+        // What fills the disk must stay readable and deletable.
+        Ok(free) if *free < storage.disk_reserve_bytes && facts.has_data => warning(
+            CHECK,
+            format!("{} free, and {} are reserved", bytes_text(*free), bytes_text(storage.disk_reserve_bytes)),
+            "publishing is refused until there is room; free some space, or delete topics".to_owned(),
+        ),
         Ok(free) if *free < storage.disk_reserve_bytes => failed(
             CHECK,
             format!("{} free, and {} are reserved", bytes_text(*free), bytes_text(storage.disk_reserve_bytes)),
@@ -378,6 +387,7 @@ mod tests {
             files_max: Some(1 << 20),
             durable_write: Ok(Duration::from_micros(100)),
             free_bytes: Ok(100 << 30),
+            has_data: false,
             holder: None,
             ports_taken: Vec::new(),
         }
@@ -434,6 +444,7 @@ mod tests {
             ("cores", Facts { cores: vec![0], ..good() }),
             ("durable writes", Facts { durable_write: Ok(Duration::from_millis(30)), ..good() }),
             ("free space", Facts { free_bytes: Ok((1 << 30) + 1), ..good() }),
+            ("free space", Facts { free_bytes: Ok(1 << 20), has_data: true, ..good() }),
         ];
         for (check, facts) in cases {
             assert_eq!(finding(&facts, check).outcome, Outcome::Warning, "{check}");

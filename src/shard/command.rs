@@ -6,6 +6,7 @@ use drava_protocol::PartitionId;
 use drava_protocol::message::PartitionState;
 use drava_raft::Image;
 use drava_runtime::foreign::ReplySender;
+use drava_storage::Damage;
 
 use super::stats::ShardStats;
 
@@ -18,6 +19,8 @@ pub enum ShardCommand {
     Stats { reply: ReplySender<ShardStats> },
     /// The state of one partition; `None` when it does not live on this shard.
     DescribePartition { partition: PartitionId, reply: ReplySender<Option<PartitionState>> },
+    /// What of the shard's store cannot be read any more.
+    Damage { reply: ReplySender<Vec<Damage>> },
     /// Stop accepting, finish what is in flight, save cursors, seal the journal. Answered when all is on disk.
     Drain { done: ReplySender<()> },
 }

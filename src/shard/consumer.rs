@@ -6,12 +6,13 @@
 
 use std::cell::Cell;
 use std::future::Future;
+use std::ops::Range;
 use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
 use drava_protocol::ErrorCode;
-use drava_protocol::message::{Deliver, Done, Fetched, Located, Place, Subscribe, Subscribed};
+use drava_protocol::message::{Damaged, Deliver, Done, Fetched, Located, Place, Subscribe, Subscribed};
 use drava_runtime::local::{Broadcast, Notify};
 use drava_runtime::time::Timer;
 use drava_storage::{AppendError, Cached, PartitionSlot, ReadError, Run};
@@ -80,7 +81,7 @@ impl Shard {
                     let located = Located { offset, start_offset: span.start_offset, end_offset: span.end_offset };
                     shard.answer(&responder, correlation, &located);
                 }
-                Err(error) => shard.answer_error(&responder, correlation, read_code(&error), 0, &error.to_string()),
+                Err(error) => shard.answer_error(&responder, correlation, read_code(&error), 0, &read_text(&error)),
             }
         });
     }
@@ -129,7 +130,14 @@ impl Shard {
             }
             match shard.store.read(slot, fetch.offset, bytes_max, &mut runs).await {
                 Ok(next_offset) => shard.fetched(slot, &responder, correlation, next_offset, &mut runs),
-                Err(error) => shard.answer_error(&responder, correlation, read_code(&error), 0, &error.to_string()),
+                Err(ReadError::Damaged { range }) => {
+                    if let Some(damaged) = shard.damaged_message(index, 0, &range) {
+                        shard.answer(&responder, correlation, &damaged);
+                    } else {
+                        shard.answer_gone(&responder, correlation);
+                    }
+                }
+                Err(error) => shard.answer_error(&responder, correlation, read_code(&error), 0, &read_text(&error)),
             }
             drop(permit);
         });
@@ -147,6 +155,13 @@ impl Shard {
         self.count_delivery(runs);
         let fetched = Fetched { next_offset, start_offset: span.start_offset, end_offset: span.end_offset };
         self.answer_with(responder, correlation, &fetched, runs);
+    }
+
+    /// What a client is told of messages that the disk has lost; `None`: the partition was deleted.
+    fn damaged_message(&self, index: u32, consumer: u32, range: &Range<u64>) -> Option<Damaged> {
+        let hosted = self.hosted.borrow();
+        let partition = hosted[index as usize].as_ref()?.partition.id.0;
+        Some(Damaged { partition, consumer, first_offset: range.start, next_offset: range.end })
     }
 
     fn readers(&self, index: u32) -> Option<Rc<Broadcast>> {
@@ -182,7 +197,7 @@ impl Shard {
             if let Some(ended) = &mut ended {
                 ended.enter(cx);
             }
-            std::pin::Pin::new(&mut timer).poll(cx).map(drop)
+            std::pin::Pin::new(&mut timer).poll(cx)
         })
         .await
     }
@@ -202,7 +217,7 @@ impl Shard {
             let start = match shard.offset_of(slot, request.start).await {
                 Ok(start) => start,
                 Err(error) => {
-                    return shard.answer_error(&responder, correlation, read_code(&error), 0, &error.to_string());
+                    return shard.answer_error(&responder, correlation, read_code(&error), 0, &read_text(&error));
                 }
             };
             shard.attach(index, &connection, correlation, &request, start);
@@ -337,7 +352,7 @@ impl Shard {
             let offset = match shard.offset_of(slot, place).await {
                 Ok(offset) => offset,
                 Err(error) => {
-                    return shard.answer_error(&responder, correlation, read_code(&error), 0, &error.to_string());
+                    return shard.answer_error(&responder, correlation, read_code(&error), 0, &read_text(&error));
                 }
             };
             let span = shard.store.span(slot);
@@ -446,12 +461,24 @@ async fn deliver(shard: Rc<Shard>, connection: Rc<Connection>, consumer: Rc<Cons
                     position = start_offset.max(position + 1);
                     continue;
                 }
+                Err(ReadError::Damaged { range }) => {
+                    // What cannot be read must not keep the consumer from what can; the client is told what it misses.
+                    let Some(damaged) = shard.damaged_message(consumer.partition, consumer.key.consumer, &range) else {
+                        break;
+                    };
+                    if !consumer.closed.get() && consumer.seek.get().is_none() {
+                        position = range.end;
+                        connection.push(0, &damaged);
+                    }
+                    continue;
+                }
                 Err(error) => {
-                    tracing::warn!(%error, subscription = consumer.subscription, "a delivery failed");
+                    let text = read_text(&error);
+                    tracing::warn!(error = text, subscription = consumer.subscription, "a delivery failed");
                     let body = drava_protocol::message::Error {
                         code: read_code(&error) as u16,
                         retry_after_ms: 0,
-                        text: format!("subscription {}: {error}", consumer.subscription),
+                        text: format!("subscription {}: {text}", consumer.subscription),
                     };
                     connection.push(0, &body);
                     break;
@@ -480,6 +507,23 @@ pub fn read_code(error: &ReadError) -> ErrorCode {
         ReadError::Damaged { .. } => ErrorCode::StorageDamaged,
         ReadError::Io { .. } | ReadError::Index(_) => ErrorCode::StorageFailed,
         ReadError::Deleted => ErrorCode::UnknownPartition,
+    }
+}
+
+/// What a client is told in words: without the paths that the operating system and the index name, which are logged.
+fn read_text(error: &ReadError) -> String {
+    match error {
+        ReadError::Io { segment, .. } => {
+            tracing::error!(%error, "a read failed");
+            format!("segment {segment} could not be read")
+        }
+        ReadError::Index(_) => {
+            tracing::error!(%error, "a read failed");
+            "the index could not be read".to_owned()
+        }
+        ReadError::Trimmed { .. } | ReadError::PastEnd { .. } | ReadError::Damaged { .. } | ReadError::Deleted => {
+            error.to_string()
+        }
     }
 }
 

@@ -39,7 +39,7 @@ use drava_storage::{GlommioIo, PartitionSlot, RecoveredPartition, Run, Store};
 use rustc_hash::FxHashMap;
 
 pub use mesh::{MeshEnds, full_mesh};
-pub use run::{ShardConfig, Started, run};
+pub use run::{ShardConfig, Started, derive_producers, run};
 
 use crate::broker::Partition;
 use crate::control::request::ControlRequest;

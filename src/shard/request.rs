@@ -188,6 +188,7 @@ impl Shard {
             | Kind::Published
             | Kind::Fetched
             | Kind::Located
+            | Kind::Damaged
             | Kind::Subscribed
             | Kind::Deliver => {
                 let text = format!("a client does not send {:?} here", frame.header.kind);

@@ -16,7 +16,9 @@ use drava_runtime::mesh::SharedReceiver;
 use drava_runtime::net::TcpListener;
 use drava_runtime::sync::Semaphore;
 use drava_runtime::task::Stop;
-use drava_storage::{GlommioIo, Index, PartitionLimits, Recovered, Store, StoreConfig};
+use drava_storage::{
+    GlommioIo, Index, PartitionLimits, Recovered, RecoveredPartition, ReplayedBatch, StateBatch, Store, StoreConfig,
+};
 
 use super::command::ShardCommand;
 use super::consumer::CursorSaver;
@@ -25,7 +27,7 @@ use super::mesh::{Mesh, MeshEnds, MeshMessage};
 use super::stats::ShardStats;
 use super::{Hosted, Limits, Shard, listen, publish};
 use crate::broker::Partition;
-use crate::broker::partition::Replayed;
+use crate::broker::partition::{Replayed, producer_key, producers_after};
 use crate::control::request::ControlRequest;
 
 /// The size of a receive chunk. Large enough that few frames straddle two, small enough to stay in the cache.
@@ -65,13 +67,15 @@ pub struct Started {
     pub replayed_bytes: u64,
     pub took: Duration,
     pub damaged_ranges: usize,
+    /// The highest id of a partition that the store holds something of.
+    pub highest_partition: Option<PartitionId>,
 }
 
 /// Runs a shard until it is drained. On the shard's executor.
 pub async fn run(config: ShardConfig, index: Index) {
     let started = config.started.clone();
     let id = config.id;
-    let (store, recovered) = match Store::open(GlommioIo::new(), config.store.clone(), index).await {
+    let (store, recovered) = match Store::open_with(GlommioIo::new(), config.store.clone(), index, derive_producers).await {
         Ok(opened) => opened,
         Err(error) => {
             drop(started.send(Err(format!("shard {id}: {}", with_sources(&error)))));
@@ -85,6 +89,7 @@ pub async fn run(config: ShardConfig, index: Index) {
         replayed_bytes: recovered.replayed_bytes,
         took: recovered.took,
         damaged_ranges: recovered.damaged.len(),
+        highest_partition: recovered.partitions.iter().map(|found| found.partition).max(),
     };
     for range in &recovered.damaged {
         tracing::error!(shard = %id, ?range, "part of the journal is damaged and quarantined; the rest is served");
@@ -100,6 +105,32 @@ pub async fn run(config: ShardConfig, index: Index) {
     drava_runtime::spawn(shard.clone().save_cursors_as_they_move());
     drava_runtime::spawn(listen::sweep(shard.clone()));
     obey(shard, commands, listen).await;
+}
+
+/// What replayed batches say of their producers. A batch is replayed once: its producer has to be saved with it, or a
+/// second crash would make its retry a new batch.
+pub fn derive_producers(found: &[RecoveredPartition], out: &mut StateBatch) {
+    for partition in found.iter().filter(|partition| !partition.replayed.is_empty()) {
+        let id = partition.partition;
+        let rows = partition.state.iter().map(|(key, value)| (&key[..], &value[..]));
+        match producers_after(id, rows, partition.replayed.iter().map(replayed)) {
+            Ok(mut producers) => producers.collect(|producer, row| match row {
+                Some(row) => out.put(id, &producer_key(producer), &row),
+                None => out.delete(id, &producer_key(producer)),
+            }),
+            Err(error) => tracing::error!(%error, "the producers of a partition cannot be read"),
+        }
+    }
+}
+
+fn replayed(batch: &ReplayedBatch) -> Replayed {
+    Replayed {
+        base_offset: batch.base_offset,
+        record_count: batch.record_count,
+        producer: batch.producer,
+        producer_epoch: batch.producer_epoch,
+        base_sequence: batch.base_sequence,
+    }
 }
 
 fn store_start(shard: &Rc<Shard>) {
@@ -159,6 +190,7 @@ async fn obey(shard: Rc<Shard>, mut commands: Inbox<ShardCommand>, listen: Liste
                 done.send(());
             }
             ShardCommand::Stats { reply } => reply.send(shard.stats()),
+            ShardCommand::Damage { reply } => reply.send(shard.store.damage()),
             ShardCommand::DescribePartition { partition, reply } => {
                 let index = shard.by_id.borrow().get(&partition.0).copied();
                 reply.send(index.map(|index| shard.partition_state(index)));
@@ -236,6 +268,8 @@ impl Shard {
         // Recovered and in no image: deleted before the store was told.
         let left_over = std::mem::take(&mut *self.recovered.borrow_mut());
         for id in left_over.into_keys() {
+            let owner = image.partitions.get(&id).map(|partition| partition.owner);
+            assert!(owner.is_none(), "partition {id} is in the store of shard {}, and {owner:?} owns it", self.id);
             let slot = self.store.open_partition(id, PartitionLimits::default());
             tracing::info!(shard = %self.id, partition = %id, "deleting what is left of a deleted partition");
             if let Err(error) = self.store.delete_partition(slot).await {
@@ -277,13 +311,7 @@ impl Shard {
         let mut partition = Partition::new(id, topic.clone(), policy.durability);
         if let Some(found) = self.recovered.borrow_mut().remove(&id) {
             let rows = found.state.iter().map(|(key, value)| (&key[..], &value[..]));
-            let replayed = found.replayed.iter().map(|batch| Replayed {
-                base_offset: batch.base_offset,
-                record_count: batch.record_count,
-                producer: batch.producer,
-                producer_epoch: batch.producer_epoch,
-                base_sequence: batch.base_sequence,
-            });
+            let replayed = found.replayed.iter().map(replayed);
             if let Err(error) = partition.restore(rows, replayed) {
                 tracing::error!(shard = %self.id, %error, "the partition is not served");
                 self.damaged.borrow_mut().insert(id, error.to_string());

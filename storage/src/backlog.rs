@@ -365,7 +365,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                     while let Some(row) = rows.front().copied() {
                         let row_end = row.position + EXTENT_HEADER_BYTES as u64 + row.body_bytes as u64;
                         let joins = row.first_offset == next_offset
-                            && row.segment == first.segment
+                            && (row.store, row.segment) == (first.store, first.segment)
                             && end <= row.position
                             && row.position - end <= GAP_BYTES_MAX
                             && row_end - first.position <= chunk_bytes_max
@@ -412,9 +412,10 @@ impl<I: Io, T: 'static> Inner<I, T> {
         Ok(Planned::Chunk)
     }
 
-    /// Blocks of compacted segments are numbered on their own and never in the cache.
+    /// Blocks of compacted segments and of other stores are numbered on their own and never in the cache.
     fn is_cached(&self, row: &ExtentRow) -> bool {
-        self.journal.is_journal(row.segment) && self.cache.borrow().get(row.block_sequence).is_some()
+        row.store.is_none()
+            && self.journal.is_journal(row.segment) && self.cache.borrow().get(row.block_sequence).is_some()
     }
 
     /// Whether a reader that planned with this row would have to ask again.
@@ -437,11 +438,11 @@ impl<I: Io, T: 'static> Inner<I, T> {
         charge: Charge,
     ) -> Result<ChunkState, ReadError> {
         let segment = extents[0].segment;
-        let generation = self.journal.generation(segment);
+        let generation = self.generation_of(&extents[0]);
         let failed = |error: std::io::Error| ReadError::Io { segment: segment.0, message: error.to_string() };
         let span_bytes = (span.end - span.start) as usize;
         let mut verify = self.config.verify_reads;
-        let memory: Rc<dyn RunMemory> = match self.journal.file(segment).await {
+        let memory: Rc<dyn RunMemory> = match self.file_of(&extents[0]).await {
             Ok(file) => match file.read_at(span.start, span_bytes).await {
                 Ok(read) => Rc::new(Charged::new(read, charge)),
                 Err(error) if is_unreadable(&error) => {
@@ -455,7 +456,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Rc::new(Charged::new(Vec::new(), charge)),
             Err(error) => return Err(failed(error)),
         };
-        if generation != self.journal.generation(segment) {
+        if generation != self.generation_of(&extents[0]) {
             // Nothing is live in a segment that is used again, and what was read may be new in part.
             return Ok(ChunkState::Moved);
         }

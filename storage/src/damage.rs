@@ -142,7 +142,14 @@ impl Damage {
         out
     }
 
-    fn decode(value: &[u8]) -> Option<Damage> {
+    /// The partition and the row of an entry that goes to another store: there the place says nothing. `None`: nothing is
+    /// left of it without the place.
+    pub(crate) fn without_place(self) -> Option<(PartitionId, Vec<u8>)> {
+        let partition = self.messages.as_ref()?.partition;
+        Some((partition, Damage { place: None, ..self }.encode()))
+    }
+
+    pub(crate) fn decode(value: &[u8]) -> Option<Damage> {
         let (&[version, found_by, flags, ..], numbers) = value.split_first_chunk::<6>()?;
         if version != VERSION || value.len() != VALUE_BYTES {
             return None;
@@ -305,7 +312,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         if !self.is_current(partition, row).await {
             return false;
         }
-        let generation = self.journal.generation(row.segment);
+        let generation = self.generation_of(row);
         for offsets in missing {
             let place = generation.map(|generation| DamagedPlace {
                 segment: row.segment.0,

@@ -219,6 +219,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                     entry_count: header.entry_count,
                     max_append_time_ms: header.max_append_time_ms,
                     block_sequence: sequence,
+                    store: None,
                 };
                 partition.extend(row);
                 let first_cached = cache.first_sequence();
@@ -386,6 +387,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         let applied = self.index.apply(batch).await.map_err(|error| FlushError::Index(error.to_string()))?;
         self.memory.index_has(sent_bytes);
         self.woken.notify();
+        self.foreign.release(&applied.released_foreign);
         let mut figures = self.figures.get();
         figures.index_batches += 1;
         self.figures.set(figures);
@@ -402,6 +404,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
             for (segment, bytes) in released {
                 self.journal.remove_live(segment, bytes);
             }
+            self.foreign.flushed();
             self.journal.set_covered(covered_sequence);
         } else {
             indexing.unflushed_bytes += unflushed_bytes;

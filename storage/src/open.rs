@@ -14,6 +14,7 @@ use crate::cache::BlockCache;
 use crate::compact::Compactor;
 use crate::damage::Registry;
 use crate::flush::Indexing;
+use crate::foreign::Foreign;
 use crate::index::{Covered, ExtentRow, Index, IndexBatch, IndexThread, SegmentRow};
 use crate::io::{ALIGNMENT, Io};
 use crate::journal::{Journal, JournalConfig, JournalEnd};
@@ -25,7 +26,7 @@ use crate::recovery::{self, Visited, Visitor, open_error};
 use crate::scrub::Scrub;
 use crate::segment::{self, SegmentId};
 use crate::stage::Staging;
-use crate::state::RowChange;
+use crate::state::{RowChange, StateBatch};
 use crate::store::{
     Inner, OpenError, PartitionLimits, Partitions, Recovered, RecoveredPartition, ReplayedBatch, StoreConfig,
     StoreFigures,
@@ -45,11 +46,17 @@ pub(crate) async fn open<I: Io, T: 'static>(
     io: I,
     config: StoreConfig,
     index: Index,
+    derive: impl FnOnce(&[RecoveredPartition], &mut StateBatch),
 ) -> Result<(Inner<I, T>, Recovered), OpenError> {
     validate(&config)?;
     let started = io.now();
     let index = IndexThread::start(&io, index)?;
     let loaded = index.load().await?;
+    if loaded.covered.is_none() && config.foreign.is_some() {
+        return Err(OpenError::IndexLost {
+            stores: config.foreign.iter().flat_map(|f| f.dirs.values().cloned()).collect(),
+        });
+    }
     let known = |id: SegmentId| {
         let found = loaded.segments.iter().find(|(segment, row)| *segment == id && 0 < row.live_bytes);
         found.map(|(_, row)| (row.generation, row.kind))
@@ -96,7 +103,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
     let rebuilt = covered.is_none() && 0 < replayed.blocks;
     let end = replayed.end.unwrap_or(JournalEnd { next_sequence: 1, ..JournalEnd::default() });
 
-    let Replay { mut partitions, state, mut batches, index: batch, .. } = replay;
+    let Replay { mut partitions, state, mut batches, index: mut batch, .. } = replay;
     let mut state = state;
     // What was replayed goes to the index with the first batch after the start, which has the state that the shard
     // derives from it. Were it covered any earlier, a crash in between would leave the index without that state, and
@@ -114,6 +121,24 @@ pub(crate) async fn open<I: Io, T: 'static>(
             touched.push(slot as u32);
         }
     }
+    let found: Vec<RecoveredPartition> = partitions
+        .by_id
+        .iter()
+        .map(|(id, slot)| {
+            let partition = &partitions.list[*slot as usize];
+            RecoveredPartition {
+                partition: *id,
+                start_offset: partition.start_offset,
+                end_offset: partition.end_offset,
+                state: state.remove(id).unwrap_or_default().into_iter().collect(),
+                replayed: batches.remove(id).unwrap_or_default(),
+            }
+        })
+        .collect();
+    let mut derived = StateBatch::default();
+    derive(&found, &mut derived);
+    batch.state.append(&mut derived.rows);
+    let foreign = Foreign::new(io.clone(), config.foreign.clone(), loaded.foreign);
     let known_end = covered.map_or(JournalEnd { next_sequence: 1, ..JournalEnd::default() }, |covered| covered.end);
     if sealed {
         // From here on the journal is not closed any more.
@@ -151,20 +176,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
     let scrub = Scrub::load(&loaded.scrub, &replayed.damaged, |segment| journal.generation(SegmentId(segment)));
 
     let recovered = Recovered {
-        partitions: partitions
-            .by_id
-            .iter()
-            .map(|(id, slot)| {
-                let partition = &partitions.list[*slot as usize];
-                RecoveredPartition {
-                    partition: *id,
-                    start_offset: partition.start_offset,
-                    end_offset: partition.end_offset,
-                    state: state.remove(id).unwrap_or_default().into_iter().collect(),
-                    replayed: batches.remove(id).unwrap_or_default(),
-                }
-            })
-            .collect(),
+        partitions: found,
         replayed_blocks: replayed.blocks,
         replayed_bytes: replayed.bytes,
         took: io.now().saturating_sub(started),
@@ -210,6 +222,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
         index,
         config,
         io,
+        foreign,
     };
     Ok((inner, recovered))
 }
@@ -257,6 +270,7 @@ impl Visitor for Replay {
                 entry_count: header.entry_count,
                 max_append_time_ms: header.max_append_time_ms,
                 block_sequence: header.block_sequence,
+                store: None,
             };
             partition.extend(row);
             partition.writer = Writer::after(partition.row().last_ledger);

@@ -108,6 +108,8 @@ impl Scrub {
 #[derive(Debug, Default)]
 struct Suspects {
     by_segment: BTreeMap<SegmentId, (u64, Vec<Range<u64>>)>,
+    /// And all that lies in other stores, whose segments no walk goes through.
+    foreign: bool,
 }
 
 impl Suspects {
@@ -116,6 +118,9 @@ impl Suspects {
     }
 
     fn hit(&self, row: &ExtentRow) -> bool {
+        if row.store.is_some() {
+            return self.foreign;
+        }
         let end = row.position + EXTENT_HEADER_BYTES as u64 + u64::from(row.body_bytes);
         let places = self.by_segment.get(&row.segment).map_or(&[][..], |(_, places)| places);
         places.iter().any(|place| place.start < end && row.position < place.end)
@@ -123,6 +128,8 @@ impl Suspects {
 
     /// The place that held what is missing between two extents, if there is one to suspect.
     fn between(&self, before: Option<&ExtentRow>, after: Option<&ExtentRow>) -> Option<DamagedPlace> {
+        let own = |row: &&ExtentRow| row.store.is_none();
+        let (before, after) = (before.filter(own), after.filter(own));
         let all = self.by_segment.iter();
         let mut places = all
             .flat_map(|(segment, (generation, places))| places.iter().map(move |place| (*segment, *generation, place)));
@@ -195,7 +202,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
             progress = Progress { started_ms: self.io.wall_clock_ms(), generation: Some(0) };
         }
         let done_generation = progress.generation.unwrap_or(0);
-        let mut rest = Suspects::default();
+        let mut rest = Suspects { foreign: true, ..Suspects::default() };
         for (generation, segment, bytes) in self.journal.live_segments() {
             if generation <= done_generation {
                 continue;
@@ -279,7 +286,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                         let place = suspects.between(before.as_ref(), Some(row));
                         self.report_hole(partition, offset, place, found_by).await;
                     }
-                    if suspects.hit(row) || self.journal.generation(row.segment).is_none() {
+                    if suspects.hit(row) || row.store.is_none() && self.generation_of(row).is_none() {
                         self.examine_extent(partition, row, found_by, budget).await?;
                     }
                     offset = row.next_offset;
@@ -311,7 +318,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         let end = row.position + EXTENT_HEADER_BYTES as u64 + u64::from(row.body_bytes);
         let end = end.next_multiple_of(ALIGNMENT as u64);
         let mut memory = Vec::new();
-        match self.journal.file(row.segment).await {
+        match self.file_of(row).await {
             Ok(file) => {
                 for from in (start..end).step_by(READ_BYTES) {
                     let bytes = READ_BYTES.min((end - from) as usize);

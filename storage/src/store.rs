@@ -18,6 +18,7 @@ use crate::cache::BlockCache;
 use crate::compact::{CompactError, Compactor};
 use crate::damage::{Damage, Registry};
 use crate::flush::{Flushing, Indexing};
+use crate::foreign::{Foreign, ForeignStores};
 use crate::index::{Index, IndexError, IndexThread, PartitionRow};
 use crate::io::{ALIGNMENT, Io};
 use crate::journal::Journal;
@@ -35,6 +36,8 @@ use crate::state::{KEY_BYTES_MAX, RowChange, StateBatch, VALUE_BYTES_MAX};
 pub struct StoreConfig {
     /// The directory of this shard's segments; made when missing.
     pub dir: PathBuf,
+    /// What the segments are stamped with: the number of the store, which is that of its shard until the node is started
+    /// with another number of shards.
     pub shard: ShardId,
     /// A multiple of 4096, at least twice the largest block.
     pub segment_bytes: u64,
@@ -74,6 +77,8 @@ pub struct StoreConfig {
     /// After so long without a write an empty block follows the last one, so that damage at rest in the last one is told
     /// from a torn tail. `None`: never.
     pub mark_after: Option<Duration>,
+    /// Stores of earlier layouts of the node that its partitions may still have extents in.
+    pub foreign: Option<ForeignStores>,
 }
 
 impl Default for StoreConfig {
@@ -101,6 +106,7 @@ impl Default for StoreConfig {
             scrub_bytes_per_s: 8 << 20,
             scrub_interval: Duration::from_secs(7 * 86_400),
             mark_after: Some(Duration::from_millis(100)),
+            foreign: None,
         }
     }
 }
@@ -209,6 +215,12 @@ pub enum OpenError {
     Segment { path: PathBuf, reason: String },
     #[error("configuration: {0}")]
     Config(String),
+    #[error(
+        "the index of a shard is lost, and only it knows where messages lie in {}; put the index back from a copy, or \
+         take these stores out of `draining` in format.json to start without those messages",
+        stores.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>().join(", ")
+    )]
+    IndexLost { stores: Vec<PathBuf> },
 }
 
 /// Where a partition stands.
@@ -389,6 +401,8 @@ pub struct StoreFigures {
     pub scrub_passes: u64,
     /// How often a write failed and the journal went on in a fresh segment.
     pub journal_rolls: u64,
+    /// Gauge: bytes of live entries in stores of earlier layouts.
+    pub foreign_live_bytes: u64,
 }
 
 /// The store of one shard. Clones share it. `T` is what the shard gives with each entry to recognise it by.
@@ -429,6 +443,7 @@ pub(crate) struct Inner<I: Io, T: 'static> {
     /// A block became durable that no later one vouches for.
     pub(crate) unvouched: Notify,
     pub(crate) mark_wanted: Cell<bool>,
+    pub(crate) foreign: Foreign<I>,
 }
 
 #[derive(Default)]
@@ -452,7 +467,18 @@ impl Partitions {
 impl<I: Io, T: 'static> Store<I, T> {
     /// Opens or makes the store in `config.dir` and replays the journal. Nothing is flushed before [`Store::start`].
     pub async fn open(io: I, config: StoreConfig, index: Index) -> Result<(Store<I, T>, Recovered), OpenError> {
-        let (inner, recovered) = crate::open::open(io, config, index).await?;
+        Store::open_with(io, config, index, |_, _| {}).await
+    }
+
+    /// As [`Store::open`]; `derive` gives the rows of state that follow from the replayed batches. They become durable
+    /// together with the end of the replay: after a crash from then on those batches are not replayed again.
+    pub async fn open_with(
+        io: I,
+        config: StoreConfig,
+        index: Index,
+        derive: impl FnOnce(&[RecoveredPartition], &mut StateBatch),
+    ) -> Result<(Store<I, T>, Recovered), OpenError> {
+        let (inner, recovered) = crate::open::open(io, config, index, derive).await?;
         Ok((Store(Rc::new(inner)), recovered))
     }
 
@@ -838,6 +864,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         figures.fragmented_segments = compaction.fragmented_segments;
         (figures.damaged_ranges, figures.damaged_messages) = inner.damage.borrow().count();
         figures.journal_rolls = inner.journal.rolls();
+        figures.foreign_live_bytes = inner.foreign.live_bytes();
         figures
     }
 }

@@ -114,6 +114,8 @@ impl Consumer {
                             lane.next = next_offset;
                         }
                     }
+                    // The verifier misses what is not delivered.
+                    Event::Damaged { consumer, next_offset, .. } => lanes[consumer as usize].next = next_offset,
                     Event::Answer { tag, answer, .. } => match answer.map_err(DriverError::Refused)? {
                         Answer::Located { offset, end_offset, .. } => {
                             let lane = &mut lanes[tag as usize];
@@ -257,7 +259,7 @@ impl Consumer {
                         Event::Answer { answer: Err(refusal), .. } | Event::Refused(refusal) => {
                             return Err(DriverError::Refused(refusal).into());
                         }
-                        Event::Answer { .. } | Event::Welcome(_) | Event::Deliver { .. } | Event::Ignored => {}
+                        Event::Answer { .. } | Event::Welcome(_) | Event::Deliver { .. } | Event::Damaged { .. } | Event::Ignored => {}
                     }
                 }
             }

@@ -57,7 +57,7 @@ pub async fn homes(options: &LoadOptions, create: bool) -> Result<Vec<Home>, Dri
                     }
                 }
                 Event::Refused(refusal) => return Err(DriverError::Refused(refusal)),
-                Event::Welcome(_) | Event::Deliver { .. } | Event::Ignored => {}
+                Event::Welcome(_) | Event::Deliver { .. } | Event::Damaged { .. } | Event::Ignored => {}
             }
         }
     }

@@ -105,7 +105,7 @@ impl Producer {
                         seen.push(Seen { intended_ns: tag.intended_ns, ended_ns: now, messages: options.batch });
                     }
                     Event::Refused(refusal) => return Err(DriverError::Refused(refusal).into()),
-                    Event::Welcome(_) | Event::Deliver { .. } | Event::Ignored => {}
+                    Event::Welcome(_) | Event::Deliver { .. } | Event::Damaged { .. } | Event::Ignored => {}
                 }
             }
             if !seen.is_empty() {

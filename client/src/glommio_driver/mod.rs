@@ -99,7 +99,7 @@ impl<T> Connection<T> {
             match connection.received()?.map(|incoming| incoming.event) {
                 Some(Event::Welcome(_)) => return Ok(connection),
                 Some(Event::Refused(refusal)) => return Err(DriverError::Refused(refusal)),
-                Some(Event::Answer { .. } | Event::Deliver { .. } | Event::Ignored) | None => {}
+                Some(Event::Answer { .. } | Event::Deliver { .. } | Event::Damaged { .. } | Event::Ignored) | None => {}
             }
         }
     }
@@ -166,7 +166,11 @@ impl<T> Connection<T> {
                 let payload = match &event {
                     Event::Deliver { payload, .. }
                     | Event::Answer { answer: Ok(Answer::Fetched { payload, .. }), .. } => &input[payload.clone()],
-                    Event::Welcome(_) | Event::Answer { .. } | Event::Refused(_) | Event::Ignored => &[],
+                    Event::Welcome(_)
+                    | Event::Answer { .. }
+                    | Event::Damaged { .. }
+                    | Event::Refused(_)
+                    | Event::Ignored => &[],
                 };
                 Ok(Some(Incoming { event, payload }))
             }
@@ -189,7 +193,7 @@ impl<T> Connection<T> {
             match self.received()?.map(|incoming| incoming.event) {
                 Some(Event::Answer { answer, .. }) => return answer.map_err(DriverError::Refused),
                 Some(Event::Refused(refusal)) => return Err(DriverError::Refused(refusal)),
-                Some(Event::Welcome(_) | Event::Deliver { .. } | Event::Ignored) => {}
+                Some(Event::Welcome(_) | Event::Deliver { .. } | Event::Damaged { .. } | Event::Ignored) => {}
                 None => {
                     self.turn().await?;
                 }

@@ -8,6 +8,7 @@ use drava_protocol::PartitionId;
 use drava_protocol::message::{PartitionPlace, PartitionState, TopicPolicy};
 use drava_protocol::topic::TopicName;
 use drava_raft::{Image, Topic};
+use drava_storage::Damage;
 
 use crate::control::handle::{ControlHandle, Readiness};
 use crate::control::request::Refused;
@@ -32,6 +33,8 @@ pub trait Admin: 'static {
     fn shard_stats(&self) -> Local<'_, Vec<ShardStats>>;
     /// `None`: no such partition, it lives on another node, or its shard does not answer in time.
     fn describe_partition(&self, partition: PartitionId) -> Local<'_, Option<PartitionState>>;
+    /// By shard; one that does not answer in time is left out.
+    fn damage(&self) -> Local<'_, Vec<(u16, Vec<Damage>)>>;
     fn readiness(&self) -> Readiness;
     /// Where a partition lives, as clients are told. `None`: no such partition.
     fn place(&self, partition: PartitionId) -> Option<PartitionPlace>;
@@ -61,6 +64,10 @@ impl Admin for ControlHandle {
 
     fn describe_partition(&self, partition: PartitionId) -> Local<'_, Option<PartitionState>> {
         Box::pin(self.describe_partition(partition))
+    }
+
+    fn damage(&self) -> Local<'_, Vec<(u16, Vec<Damage>)>> {
+        Box::pin(self.damage())
     }
 
     fn readiness(&self) -> Readiness {

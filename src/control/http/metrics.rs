@@ -9,6 +9,7 @@ use std::fmt;
 
 use axum::extract::State;
 use axum::http::{HeaderName, header};
+use drava_runtime::executor::TickerStats;
 use drava_storage::MemoryFigures;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder, text};
@@ -124,8 +125,18 @@ const SHARD_FIGURES: &[ShardFigure] = &[
     gauge("drava_store_spare_segments", "Segment files that are prepared and empty.", |s| Count(s.store.segments_spare)),
     counter("drava_store_segments_recycled", "Segment files used again.", |s| Count(s.store.segments_recycled)),
     bytes(gauge("drava_store_live", "Bytes of live entries.", |s| Count(s.store.live_bytes))),
+    bytes(gauge("drava_store_foreign_live", "Bytes of live entries in stores of another number of shards.", |s| Count(s.store.foreign_live_bytes))),
     counter("drava_store_ledgers_deleted", "Ledgers deleted by retention or with their topic.", |s| Count(s.store.ledgers_deleted)),
     counter("drava_store_index_batches", "Write batches applied to the index.", |s| Count(s.store.index_batches)),
+    gauge("drava_store_damaged_ranges", "Places and runs of messages that cannot be read any more; /v1/damage lists them.", |s| Count(s.store.damaged_ranges)),
+    gauge("drava_store_damaged_messages", "Messages that cannot be read any more.", |s| Count(s.store.damaged_messages)),
+    bytes(counter("drava_store_scrubbed", "Bytes read by the scrubber to check what was stored.", |s| Count(s.store.scrubbed_bytes))),
+    counter("drava_store_scrub_passes", "Times that the scrubber has checked everything.", |s| Count(s.store.scrub_passes)),
+    bytes(counter("drava_store_compacted", "Bytes written to bring live entries together.", |s| Count(s.store.compacted_bytes))),
+    counter("drava_store_compactions", "Passes of compaction.", |s| Count(s.store.compactions)),
+    bytes(counter("drava_store_compaction_dropped", "Bytes brought together and deleted meanwhile.", |s| Count(s.store.compaction_dropped_bytes))),
+    gauge("drava_store_fragmented_segments", "Segments that wait to be brought together.", |s| Count(s.store.fragmented_segments)),
+    counter("drava_store_journal_rolls", "Writes that failed, after which the journal went on in a fresh segment.", |s| Count(s.store.journal_rolls)),
     bytes(gauge("drava_store_memory_limit", "What the store may hold in memory: all parts of drava_store_memory_bytes.", |s| Count(s.store.memory.limit))),
     bytes(gauge("drava_receive_memory", "Memory for receiving that connections and staged entries have.", |s| Count(s.receive_bytes))),
 ];
@@ -155,6 +166,8 @@ struct Scrape {
     http_connections_refused: u64,
     http_requests: u64,
     http_panics: u64,
+    /// Of the executor that the control core and the HTTP admin share.
+    ticker: TickerStats,
 }
 
 /// Metrics for Prometheus
@@ -178,6 +191,7 @@ pub async fn metrics(State(shared): State<Shared>) -> ([(HeaderName, &'static st
             http_connections_refused: shared.counters.connections_refused.get(),
             http_requests: shared.counters.requests.get(),
             http_panics: shared.counters.panics.get(),
+            ticker: drava_runtime::executor::ticker_stats(),
         };
         ([(header::CONTENT_TYPE, CONTENT_TYPE)], scrape.text())
     })
@@ -187,7 +201,7 @@ pub async fn metrics(State(shared): State<Shared>) -> ([(HeaderName, &'static st
 impl Scrape {
     /// The figures that the node has once: name, unit, kind, help, value.
     #[rustfmt::skip]
-    fn node_figures(&self) -> [(&'static str, Measure, Kind, &'static str, Option<Value>); 15] {
+    fn node_figures(&self) -> [(&'static str, Measure, Kind, &'static str, Option<Value>); 18] {
         use Kind::{Counter, Gauge};
         use Measure::{Bytes, Things};
         let process = &self.process;
@@ -200,6 +214,9 @@ impl Scrape {
             ("drava_http_connections_refused", Things, Counter, "Connections that the HTTP admin refused because there were too many.", Some(Count(self.http_connections_refused))),
             ("drava_http_requests", Things, Counter, "Requests to the HTTP admin.", Some(Count(self.http_requests))),
             ("drava_http_panics", Things, Counter, "Requests whose handler panicked: bugs.", Some(Count(self.http_panics))),
+            ("drava_control_ticker_ticks", Things, Counter, "Times the ticker of the control core's executor woke.", Some(Count(self.ticker.ticks))),
+            ("drava_control_ticker_late_ticks", Things, Counter, "Times it woke more than a period late: the executor was busy, starved or parked wrongly.", Some(Count(self.ticker.late))),
+            ("drava_control_ticker_latest", Measure::Seconds, Gauge, "The longest that it ever was late.", Some(Seconds(self.ticker.latest.as_secs_f64()))),
             ("drava_uptime", Measure::Seconds, Gauge, "Time since the node began to serve HTTP.", Some(Seconds(self.uptime_seconds))),
             ("process_cpu", Measure::Seconds, Counter, "User and system time of all threads.", Some(Seconds(process.cpu_seconds))),
             ("process_resident_memory", Bytes, Gauge, "Resident memory.", process.resident_bytes.map(Count)),
@@ -321,6 +338,15 @@ mod tests {
                     index: 2008,
                     limit: 1035,
                 },
+                damaged_ranges: 1037,
+                damaged_messages: 1038,
+                scrubbed_bytes: 1039,
+                scrub_passes: 1040,
+                compacted_bytes: 1041,
+                compactions: 1042,
+                compaction_dropped_bytes: 1043,
+                fragmented_segments: 1044,
+                journal_rolls: 1045,
             },
             read_only: true,
             receive_bytes: 1036,
@@ -338,7 +364,7 @@ mod tests {
             })
             .collect();
         values.sort_unstable();
-        let expected: Vec<u64> = [1].into_iter().chain(1001..=1036).collect();
+        let expected: Vec<u64> = [1].into_iter().chain(1001..=1045).collect();
         assert_eq!(values, expected);
     }
 
@@ -355,6 +381,7 @@ mod tests {
             http_connections_refused: 0,
             http_requests: 0,
             http_panics: 0,
+            ticker: TickerStats::default(),
         };
         let mut names: Vec<&str> = SHARD_FIGURES.iter().map(|figure| figure.name).collect();
         names.extend(node.node_figures().iter().map(|(name, ..)| *name));
@@ -389,6 +416,7 @@ mod tests {
             http_connections_refused: 0,
             http_requests: 4,
             http_panics: 0,
+            ticker: TickerStats { ticks: 5, late: 6, latest: Duration::from_secs(7) },
         };
         let scrape_memory = distinct().store.memory;
         let text = scrape.text();
@@ -398,6 +426,9 @@ mod tests {
         assert!(text.contains("drava_store_memory_bytes{shard=\"9\",part=\"pinned\"} 2004\n"), "{text}");
         let parts: u64 = MEMORY_PARTS.iter().map(|(_, value)| value(&scrape_memory)).sum();
         assert_eq!(parts, scrape_memory.total(), "every part is exported");
+        assert!(text.contains("drava_control_ticker_ticks_total 5\n"), "{text}");
+        assert!(text.contains("drava_control_ticker_late_ticks_total 6\n"), "{text}");
+        assert!(text.contains("drava_control_ticker_latest_seconds 7.0\n"), "{text}");
         assert!(!text.contains("shard=\"0\""), "{text}");
         assert!(!text.contains("process_open_fds"), "what could not be read is left out: {text}");
     }

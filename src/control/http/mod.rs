@@ -16,7 +16,8 @@
 
 pub mod admin;
 mod body;
-pub mod health;
+pub mod damage;
+mod health;
 mod io;
 pub mod metrics;
 pub mod openapi;

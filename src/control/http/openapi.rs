@@ -4,7 +4,7 @@ use axum::Json;
 use utoipa::OpenApi;
 use utoipa::openapi::path::Operation;
 
-use super::{health, metrics, page, topics};
+use super::{damage, health, metrics, page, topics};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -24,6 +24,7 @@ use super::{health, metrics, page, topics};
         topics::describe,
         topics::remove,
         topics::lookup,
+        damage::list,
     ),
     tags(
         (name = "topics", description = "What the node stores."),

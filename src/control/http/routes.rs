@@ -14,7 +14,7 @@ use send_wrapper::SendWrapper;
 use super::admin::Admin;
 use super::problem::Problem;
 use super::server::{HttpConfig, HttpCounters};
-use super::{health, metrics, openapi, page, topics};
+use super::{damage, health, metrics, openapi, page, topics};
 
 /// What handlers share. axum wants its state `Send`; it never leaves the executor's thread, and the wrapper checks that.
 #[derive(Clone)]
@@ -56,6 +56,7 @@ pub fn routes() -> Vec<(Method, &'static str, MethodRouter<Shared>)> {
         (Method::GET, "/v1/topics/{*name}", get(topics::describe)),
         (Method::DELETE, "/v1/topics/{*name}", delete(topics::remove)),
         (Method::GET, "/v1/lookup", get(topics::lookup)),
+        (Method::GET, "/v1/damage", get(damage::list)),
     ]
 }
 

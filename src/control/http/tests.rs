@@ -12,6 +12,7 @@ use drava_protocol::message::{PartitionPlace, PartitionState, SubscriptionState,
 use drava_protocol::topic::TopicName;
 use drava_protocol::{ErrorCode, PartitionId, TopicId};
 use drava_raft::{Image, Topic};
+use drava_storage::{Damage, DamagedMessages, DamagedPlace, FoundBy};
 use drava_runtime::foreign::{ReplySender, reply};
 use drava_runtime::task::Stop;
 use drava_runtime::{Executor, ExecutorConfig, ExecutorHandle};
@@ -104,6 +105,17 @@ impl Admin for FakeNode {
     fn shard_stats(&self) -> Local<'_, Vec<ShardStats>> {
         Box::pin(async {
             (0..2).map(|shard| ShardStats { shard, messages_published: 7, ..ShardStats::default() }).collect()
+        })
+    }
+
+    fn damage(&self) -> Local<'_, Vec<(u16, Vec<Damage>)>> {
+        Box::pin(async {
+            let place = DamagedPlace { segment: 3, generation: 9, positions: 4096..8192 };
+            let damage = |place, messages| Damage { place, messages, found_at_ms: 7, found_by: FoundBy::Scrub };
+            let messages = |id| DamagedMessages { partition: PartitionId(id), offsets: 5..9 };
+            let first = vec![damage(None, Some(messages(u64::MAX - 1))), damage(Some(place.clone()), None)];
+            let served = self.image.borrow().partitions.keys().next().copied().map_or(0, |id| id.0);
+            vec![(0, first), (1, vec![damage(Some(place), Some(messages(served)))])]
         })
     }
 
@@ -625,6 +637,7 @@ fn metrics_are_open_metrics_with_a_shard_label() {
         "process_resident_memory_bytes ",
         "process_open_fds ",
         "process_cpu_seconds_total ",
+        "drava_control_ticker_ticks_total ",
         "drava_uptime_seconds ",
     ] {
         assert!(answer.body.lines().any(|got| got.starts_with(line)), "no `{line}` in\n{}", answer.body);
@@ -636,6 +649,27 @@ fn metrics_are_open_metrics_with_a_shard_label() {
     };
     assert!(figure("process_resident_memory_bytes ") > 1e6);
     assert!(figure("process_open_fds ") > 3.0);
+}
+
+#[test]
+fn damage_is_listed_by_pages_with_the_names_of_topics() {
+    let node = Node::with_topics();
+    let all = node.get("/v1/damage").json();
+    assert_eq!((&all["total"], &all["next_start"]), (&json!(3), &Value::Null));
+    let entries = all["damage"].as_array().expect("a list");
+    assert_eq!(entries.len(), 3);
+    assert_eq!(entries[0]["messages"]["topic"], Value::Null, "its topic is not there");
+    assert_eq!(entries[1]["messages"], Value::Null);
+    assert_eq!(entries[1]["place"]["end_position"], 8192);
+    assert!(entries[2]["messages"]["topic"].as_str().is_some_and(|name| name.starts_with('/')), "{all}");
+    assert_eq!((&entries[2]["shard"], &entries[2]["found_by"]), (&json!(1), &json!("scrub")));
+    let page = node.get("/v1/damage?start=1&limit=1").json();
+    assert_eq!(page["damage"], json!([entries[1]]));
+    assert_eq!(page["next_start"], 2);
+    assert_eq!(node.get("/v1/damage?start=18446744073709551615").json()["damage"], json!([]));
+    for bad in ["limit=0", "limit=1001", "start=-1", "from=1"] {
+        assert_eq!(node.get(&format!("/v1/damage?{bad}")).status, 400, "{bad}");
+    }
 }
 
 #[test]

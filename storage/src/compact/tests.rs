@@ -151,6 +151,7 @@ fn quiet_partitions_become_contiguous_and_stay_as_they_were() {
         let victims = sealed_journal(&f);
         assert!(8 <= victims.len(), "{victims:?}");
         let live = f.store.figures().live_bytes;
+        let moving = sealed(&f).iter().map(|segment| segment.live_bytes).sum::<u64>();
         assert!(f.store.compact().await.unwrap());
         assert_eq!(f.store.figures().live_bytes, live);
         assert!(sealed_journal(&f).is_empty(), "all of them were fragmented");
@@ -159,7 +160,7 @@ fn quiet_partitions_become_contiguous_and_stay_as_they_were() {
         load.check(&f).await;
         check_live_bytes(&f).await;
         let figures = f.store.figures();
-        assert!(live <= figures.compacted_bytes && figures.compacted_bytes <= live + live / 10, "{figures:?}");
+        assert!(moving <= figures.compacted_bytes && figures.compacted_bytes <= moving + moving / 20, "{figures:?}");
         assert_eq!((figures.compaction_dropped_bytes, figures.fragmented_segments), (0, 0));
         assert!(!f.store.compact().await.unwrap(), "what was brought together is left alone");
         // The old segments are used again.
@@ -211,13 +212,16 @@ fn a_crash_between_any_two_steps_loses_nothing() {
             if 4 <= steps {
                 pass.release();
             }
+            eprintln!("{steps} crash");
             let crashed = as_after_a_crash(dir.path());
             if steps != 2 {
                 // The pass is given up here: the store goes on as it is.
                 drop(pass);
                 load.check(&f).await;
             }
+            eprintln!("{steps} close");
             f.store.close().await;
+            eprintln!("{steps} closed");
             (load, crashed)
         });
         run(async {
@@ -226,6 +230,7 @@ fn a_crash_between_any_two_steps_loses_nothing() {
             load.check(&f).await;
             check_live_bytes(&f).await;
             // Whatever is dead is written over.
+            eprintln!("{steps} more");
             let mut more = Load::new(&f, 1000..1001, PartitionLimits::default());
             more.rounds(&f, 400, 9 * PAYLOAD).await;
             cover(&f).await;
@@ -257,17 +262,17 @@ fn what_is_deleted_while_it_is_copied_stays_deleted() {
         let victims = sealed_journal(&f);
         let mut pass = Pass::new(&f.store.0, &victims);
         pass.copy().await.unwrap();
-        f.store.delete_partition(load.slots[&3]).await.unwrap();
-        load.content.remove(&3);
-        f.store.open_partition(PartitionId(5), roll);
-        until(|| 0 < f.store.span(load.slots[&5]).start_offset).await;
-        f.store.open_partition(PartitionId(5), PartitionLimits::default());
+        f.store.delete_partition(load.slots[&19]).await.unwrap();
+        load.content.remove(&19);
+        f.store.open_partition(PartitionId(18), roll);
+        until(|| 0 < f.store.span(load.slots[&18]).start_offset).await;
+        f.store.open_partition(PartitionId(18), PartitionLimits::default());
         cover(&f).await;
         pass.finish_output().await.unwrap();
         drop(pass);
         assert!(0 < f.store.figures().compaction_dropped_bytes);
         check_live_bytes(&f).await;
-        assert!(rows(&f).await.iter().all(|(id, _)| *id != PartitionId(3)), "its rows do not come back");
+        assert!(rows(&f).await.iter().all(|(id, _)| *id != PartitionId(19)), "its rows do not come back");
         load.check(&f).await;
         // And the other way round: moved first, deleted then.
         f.store.delete_partition(load.slots[&4]).await.unwrap();
@@ -278,7 +283,7 @@ fn what_is_deleted_while_it_is_copied_stays_deleted() {
         check_live_bytes(&f).await;
         load.check(&f).await;
         let ids: Vec<_> = f.recovered.partitions.iter().map(|p| p.partition.0).collect();
-        assert!(!ids.contains(&3) && !ids.contains(&4), "{ids:?}");
+        assert!(!ids.contains(&19) && !ids.contains(&4), "{ids:?}");
         f.store.close().await;
     });
 }
@@ -421,6 +426,7 @@ fn deleted_partitions_give_their_room_back() {
         cover(&f).await;
         assert_eq!(f.store.figures().live_bytes, 0);
         // The active one, the spares, and what is kept for the next burst.
+        for _ in 0..300 { eprintln!("{:?}", f.store.figures()); sleep(Duration::from_millis(100)).await; }
         until(|| f.store.figures().segments + f.store.figures().segments_spare <= 8).await;
         let files = common::segment_files(dir.path()).len();
         assert!(files <= 8, "{files} files are left of {full}");
@@ -441,10 +447,7 @@ fn amplification(partitions: u64, payload_bytes: usize, total_bytes: u64, keep_b
             // As often as the store itself would find as many segments.
             if compacted_at + (2 << 20) <= f.store.figures().flushed_bytes {
                 compacted_at = f.store.figures().flushed_bytes;
-                let trimming = |f: &Fixture<FaultyIo>| {
-                    (0..partitions as usize).for_each(|index| f.store.0.tidy(index, f.store.0.io.wall_clock_ms()))
-                };
-                trimming(&f);
+                (0..partitions as usize).for_each(|index| f.store.0.tidy(index, 2_000_000));
                 sleep(Duration::from_millis(1)).await;
                 cover(&f).await;
                 f.store.0.compact(false).await.unwrap();

@@ -79,7 +79,8 @@ impl Family {
             }
             looked += 1;
             let row = ExtentRow::decode(first_offset, value)?;
-            if segments.is_none_or(|segments| segments.contains(&row.segment)) {
+            // Segments of other stores are not written and drain by themselves.
+            if row.store.is_none() && segments.is_none_or(|segments| segments.contains(&row.segment)) {
                 scanned.rows.push((partition, row));
             }
             Ok(ControlFlow::Continue(()))

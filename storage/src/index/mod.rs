@@ -24,7 +24,8 @@ pub(crate) use self::compact::{ExtentKey, Move, MoveBatch};
 
 use self::compact::{Moved, Scanned};
 use self::kv::{Kv, KvBatch};
-use crate::damage::DamageRow;
+use crate::damage::{Damage, DamageRow};
+use crate::foreign::{ForeignSegment, StoreId};
 use crate::io::Io;
 use crate::journal::JournalEnd;
 use crate::segment::{SegmentId, SegmentKind};
@@ -37,6 +38,7 @@ const TABLE_STATE: u8 = b's';
 const TABLE_SEGMENT: u8 = b'g';
 const TABLE_DAMAGE: u8 = b'd';
 const TABLE_SCRUB: u8 = b'r';
+const TABLE_FOREIGN: u8 = b'f';
 const VERSION: u8 = 1;
 
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +80,33 @@ impl Index {
     pub fn new(name: &str, kv: Box<dyn Kv>) -> Index {
         Index { name: name.to_owned(), kv }
     }
+
+    /// How far the family reaches; `None`: it was lost, or never made. Blocking.
+    pub(crate) fn covered(&self) -> Result<Option<Covered>, IndexError> {
+        self.kv.get(&[TABLE_COVERED])?.map(|value| Covered::decode(&value)).transpose()
+    }
+
+    /// Whether there is anything in the family that can be relied on. Blocking.
+    pub fn is_made(&self) -> Result<bool, IndexError> {
+        Ok(self.covered()?.is_some())
+    }
+
+    /// Live bytes in segments of other stores; none are 0. Blocking.
+    pub(crate) fn foreign(&self) -> Result<BTreeMap<ForeignSegment, u64>, IndexError> {
+        let mut loaded = Loaded::default();
+        rows(&*self.kv, &[TABLE_FOREIGN], &[TABLE_FOREIGN], |key, value| {
+            loaded.take(TABLE_FOREIGN, key, value).map(ControlFlow::Continue)
+        })?;
+        Ok(loaded.foreign)
+    }
+
+    pub(crate) fn put_foreign(&self, batch: &mut KvBatch, segment: ForeignSegment, bytes: u64) {
+        batch.put(foreign_key(segment), bytes.to_le_bytes());
+    }
+
+    pub(crate) fn put_covered(&self, batch: &mut KvBatch, covered: Covered) {
+        batch.put([TABLE_COVERED], covered.encode());
+    }
 }
 
 /// Where an extent lies and what it holds.
@@ -97,6 +126,51 @@ pub(crate) struct ExtentRow {
     pub(crate) entry_count: u32,
     pub(crate) max_append_time_ms: u64,
     pub(crate) block_sequence: u64,
+    /// The store that the segment belongs to; `None`: the one that the family belongs to.
+    pub(crate) store: Option<StoreId>,
+}
+
+/// A row on its way from the family of an old store to that of a new one.
+pub(crate) struct MovedRow {
+    pub(crate) partition: PartitionId,
+    pub(crate) key: Vec<u8>,
+    pub(crate) value: Vec<u8>,
+    /// Of an extent: where it lies, and the bytes of its body.
+    pub(crate) extent: Option<(ForeignSegment, u64)>,
+}
+
+impl MovedRow {
+    /// `None`: the row is about the store itself and not about a partition. `damages` counts the entries of the damage
+    /// registries, which are numbered anew.
+    pub(crate) fn decode(
+        store: StoreId,
+        key: &[u8],
+        value: &[u8],
+        damages: &mut u64,
+    ) -> Result<Option<MovedRow>, IndexError> {
+        let Some((table, mut rest)) = key.split_first() else { return Ok(None) };
+        if *table == TABLE_DAMAGE {
+            let moved = Damage::decode(value).and_then(Damage::without_place);
+            let moved = moved.map(|(partition, value)| {
+                let key = damage_key(*damages).to_vec();
+                *damages += 1;
+                MovedRow { partition, key, value, extent: None }
+            });
+            return Ok(moved);
+        }
+        if ![TABLE_EXTENT, TABLE_LEDGER, TABLE_PARTITION, TABLE_STATE].contains(table) {
+            return Ok(None);
+        }
+        let partition = PartitionId(be_u64(&mut rest)?);
+        let mut moved = MovedRow { partition, key: key.to_vec(), value: value.to_vec(), extent: None };
+        if *table == TABLE_EXTENT {
+            let mut row = ExtentRow::decode(be_u64(&mut rest)?, value)?;
+            let store = *row.store.get_or_insert(store);
+            moved.extent = Some(((store, row.segment), row.body_bytes as u64));
+            moved.value = row.encode();
+        }
+        Ok(Some(moved))
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -167,6 +241,8 @@ pub(crate) struct Applied {
     /// Bytes of extents that are no longer indexed.
     pub(crate) released: Vec<(SegmentId, u64)>,
     pub(crate) flushed: bool,
+    /// The same of extents in other stores.
+    pub(crate) released_foreign: Vec<(ForeignSegment, u64)>,
 }
 
 /// The family as it was found.
@@ -179,6 +255,8 @@ pub(crate) struct Loaded {
     pub(crate) damage: Vec<(u64, Vec<u8>)>,
     /// How far the scrubber had come.
     pub(crate) scrub: Vec<u8>,
+    /// Live bytes in segments of other stores.
+    pub(crate) foreign: BTreeMap<ForeignSegment, u64>,
 }
 
 #[derive(Debug, Default)]
@@ -264,7 +342,8 @@ impl IndexWorker {
 impl IndexThread {
     pub(crate) fn start(io: &impl Io, index: Index) -> Result<IndexThread, IndexError> {
         let (requests, inbox) = inbox();
-        let family = Family { name: index.name, kv: index.kv, segments: BTreeMap::new() };
+        let family =
+            Family { name: index.name, kv: index.kv, segments: BTreeMap::new(), foreign: BTreeMap::new() };
         let worker = IndexWorker { family, requests: inbox, stopped: None };
         io.start_index(worker).map_err(|error| IndexError::Thread(error.to_string()))?;
         Ok(IndexThread { requests })
@@ -325,6 +404,8 @@ struct Family {
     kv: Box<dyn Kv>,
     /// As in the family.
     segments: BTreeMap<SegmentId, SegmentRow>,
+    /// Live bytes of each segment of another store, as in the family.
+    foreign: BTreeMap<ForeignSegment, u64>,
 }
 
 impl Family {
@@ -358,6 +439,7 @@ impl Family {
         }
         let loaded = loaded?;
         self.segments = loaded.segments.iter().copied().collect();
+        self.foreign = loaded.foreign.clone();
         Ok(loaded)
     }
 
@@ -367,7 +449,7 @@ impl Family {
             loaded.covered = Some(Covered::decode(&value)?);
         }
         loaded.scrub = self.kv.get(&[TABLE_SCRUB])?.unwrap_or_default();
-        for table in [TABLE_PARTITION, TABLE_LEDGER, TABLE_STATE, TABLE_SEGMENT, TABLE_DAMAGE] {
+        for table in [TABLE_PARTITION, TABLE_LEDGER, TABLE_STATE, TABLE_SEGMENT, TABLE_DAMAGE, TABLE_FOREIGN] {
             self.rows(&[table], &[table], |key, value| loaded.take(table, key, value).map(ControlFlow::Continue))?;
         }
         Ok(loaded)
@@ -378,17 +460,9 @@ impl Family {
         &self,
         prefix: &[u8],
         from: &[u8],
-        mut visit: impl FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, IndexError>,
+        visit: impl FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, IndexError>,
     ) -> Result<(), IndexError> {
-        let mut bad = None;
-        self.kv.scan(from, &mut |key, value| {
-            let Some(key) = key.strip_prefix(prefix) else { return ControlFlow::Break(()) };
-            visit(key, value).unwrap_or_else(|error| {
-                bad = Some(error);
-                ControlFlow::Break(())
-            })
-        })?;
-        bad.map_or(Ok(()), Err)
+        rows(&*self.kv, prefix, from, visit)
     }
 
     fn apply(&mut self, changes: &IndexBatch) -> Result<Applied, IndexError> {
@@ -400,6 +474,7 @@ impl Family {
         }
         for (partition, row) in &changes.extents {
             batch.put(extent_key(*partition, row.first_offset), row.encode());
+            debug_assert!(row.store.is_none(), "what is written lies in the own store: {row:?}");
             touched.add(row);
         }
         for (ledger, row) in &changes.ledgers {
@@ -446,8 +521,7 @@ impl Family {
         let rows = self.segment_rows(touched);
         rows.iter().for_each(|(segment, row)| batch.put(segment_key(*segment), row.encode()));
         for (number, value) in &changes.damage {
-            let mut key = vec![TABLE_DAMAGE];
-            key.extend_from_slice(&number.to_be_bytes());
+            let key = damage_key(*number);
             match value {
                 Some(value) => batch.put(key, &value[..]),
                 None => batch.delete(key),
@@ -456,6 +530,18 @@ impl Family {
         if let Some(scrub) = &changes.scrub {
             batch.put([TABLE_SCRUB], &scrub[..]);
         }
+        let mut foreign = BTreeMap::new();
+        for &(segment, bytes) in &applied.released_foreign {
+            let before = || self.foreign.get(&segment).copied().unwrap_or(0);
+            let left = foreign.entry(segment).or_insert_with(before);
+            *left = left.saturating_sub(bytes);
+        }
+        for (&segment, &left) in &foreign {
+            match left {
+                0 => batch.delete(foreign_key(segment)),
+                left => batch.put(foreign_key(segment), left.to_le_bytes()),
+            }
+        }
         batch.put([TABLE_COVERED], changes.covered.encode());
         self.kv.write(batch)?;
         if changes.flush {
@@ -463,6 +549,8 @@ impl Family {
             applied.flushed = true;
         }
         self.segments.extend(rows);
+        self.foreign.extend(foreign);
+        self.foreign.retain(|_, left| 0 < *left);
         Ok(applied)
     }
 
@@ -493,7 +581,12 @@ impl Family {
         applied: &mut Applied,
     ) -> Result<(), IndexError> {
         let mut count = |row: &ExtentRow| {
-            if row.first_offset < start_offset {
+            if start_offset <= row.first_offset {
+                return;
+            }
+            if let Some(store) = row.store {
+                applied.released_foreign.push(((store, row.segment), row.body_bytes as u64));
+            } else {
                 touched.remove(row);
                 applied.released.push((row.segment, row.body_bytes as u64));
             }
@@ -568,7 +661,12 @@ impl Touched {
 
 impl Loaded {
     /// Takes one row of a table, its key without the table's byte.
-    fn take(&mut self, table: u8, mut key: &[u8], value: &[u8]) -> Result<(), IndexError> {
+    fn take(&mut self, table: u8, mut key: &[u8], mut value: &[u8]) -> Result<(), IndexError> {
+        if table == TABLE_FOREIGN {
+            let store = StoreId(u16::from_be_bytes(take(&mut key)?));
+            self.foreign.insert((store, SegmentId(be_u32(&mut key)?)), le_u64(&mut value)?);
+            return Ok(());
+        }
         if table == TABLE_SEGMENT {
             self.segments.push((SegmentId(be_u32(&mut key)?), SegmentRow::decode(value)?));
             return Ok(());
@@ -592,6 +690,37 @@ impl Loaded {
         }
         Ok(())
     }
+}
+
+/// Gives `visit` the rows from `from` on whose keys start with `prefix`, without the prefix.
+fn rows(
+    kv: &dyn Kv,
+    prefix: &[u8],
+    from: &[u8],
+    mut visit: impl FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, IndexError>,
+) -> Result<(), IndexError> {
+    let mut bad = None;
+    kv.scan(from, &mut |key, value| {
+        let Some(key) = key.strip_prefix(prefix) else { return ControlFlow::Break(()) };
+        visit(key, value).unwrap_or_else(|error| {
+            bad = Some(error);
+            ControlFlow::Break(())
+        })
+    })?;
+    bad.map_or(Ok(()), Err)
+}
+
+fn damage_key(number: u64) -> [u8; 9] {
+    let mut key = [TABLE_DAMAGE; 9];
+    key[1..].copy_from_slice(&number.to_be_bytes());
+    key
+}
+
+fn foreign_key((store, segment): ForeignSegment) -> [u8; 7] {
+    let mut key = [TABLE_FOREIGN; 7];
+    key[1..3].copy_from_slice(&store.0.to_be_bytes());
+    key[3..].copy_from_slice(&segment.0.to_be_bytes());
+    key
 }
 
 fn partition_key(table: u8, partition: PartitionId) -> [u8; 9] {
@@ -622,7 +751,7 @@ fn ledger_key(ledger: LedgerId) -> [u8; 13] {
 
 impl ExtentRow {
     fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(56);
+        let mut out = Vec::with_capacity(62);
         out.extend_from_slice(&self.next_offset.to_le_bytes());
         out.extend_from_slice(&self.ledger.to_le_bytes());
         out.extend_from_slice(&self.segment.0.to_le_bytes());
@@ -633,14 +762,19 @@ impl ExtentRow {
         out.extend_from_slice(&self.first_entry.to_le_bytes());
         out.extend_from_slice(&self.max_append_time_ms.to_le_bytes());
         out.extend_from_slice(&self.block_sequence.to_le_bytes());
+        if let Some(store) = self.store {
+            out.extend_from_slice(&store.0.to_le_bytes());
+        }
         out
     }
 
     fn decode(first_offset: u64, mut value: &[u8]) -> Result<ExtentRow, IndexError> {
         let value = &mut value;
+        let next_offset = le_u64(value)?;
+        in_order(first_offset, next_offset)?;
         Ok(ExtentRow {
             first_offset,
-            next_offset: le_u64(value)?,
+            next_offset,
             ledger: le_u32(value)?,
             segment: SegmentId(le_u32(value)?),
             position: le_u64(value)?,
@@ -650,6 +784,7 @@ impl ExtentRow {
             first_entry: le_u64(value)?,
             max_append_time_ms: le_u64(value)?,
             block_sequence: le_u64(value)?,
+            store: if value.is_empty() { None } else { Some(StoreId(u16::from_le_bytes(take(value)?))) },
         })
     }
 }
@@ -669,9 +804,11 @@ impl LedgerRow {
 
     fn decode(mut value: &[u8]) -> Result<LedgerRow, IndexError> {
         let value = &mut value;
+        let (first_offset, next_offset) = (le_u64(value)?, le_u64(value)?);
+        in_order(first_offset, next_offset)?;
         Ok(LedgerRow {
-            first_offset: le_u64(value)?,
-            next_offset: le_u64(value)?,
+            first_offset,
+            next_offset,
             bytes: le_u64(value)?,
             entries: le_u64(value)?,
             first_append_time_ms: le_u64(value)?,
@@ -691,7 +828,9 @@ impl PartitionRow {
 
     fn decode(mut value: &[u8]) -> Result<PartitionRow, IndexError> {
         let value = &mut value;
-        Ok(PartitionRow { start_offset: le_u64(value)?, end_offset: le_u64(value)?, last_ledger: le_u32(value)? })
+        let (start_offset, end_offset) = (le_u64(value)?, le_u64(value)?);
+        in_order(start_offset, end_offset)?;
+        Ok(PartitionRow { start_offset, end_offset, last_ledger: le_u32(value)? })
     }
 }
 
@@ -746,6 +885,10 @@ impl Covered {
     }
 }
 
+fn in_order(start_offset: u64, end_offset: u64) -> Result<(), IndexError> {
+    if start_offset <= end_offset { Ok(()) } else { Err(IndexError::Row("its offsets end before they start")) }
+}
+
 fn take<const N: usize>(bytes: &mut &[u8]) -> Result<[u8; N], IndexError> {
     let (head, rest) = bytes.split_first_chunk::<N>().ok_or(IndexError::Row("a row is cut"))?;
     *bytes = rest;
@@ -766,4 +909,40 @@ fn le_u32(bytes: &mut &[u8]) -> Result<u32, IndexError> {
 
 fn le_u64(bytes: &mut &[u8]) -> Result<u64, IndexError> {
     take(bytes).map(u64::from_le_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::model::ModelKv;
+
+    #[test]
+    fn what_a_batch_deletes_twice_is_let_go_of_once() {
+        let kv = Box::new(ModelKv::default());
+        let mut family = Family { name: "t".into(), kv, segments: BTreeMap::new(), foreign: BTreeMap::new() };
+        let row = |first_offset| ExtentRow {
+            ledger: 1,
+            first_offset,
+            next_offset: first_offset + 10,
+            segment: SegmentId(3),
+            position: 4096,
+            in_block: 64,
+            body_bytes: 100,
+            first_entry: first_offset,
+            entry_count: 10,
+            max_append_time_ms: 0,
+            block_sequence: 1,
+            store: None,
+        };
+        let (trimmed, other) = (PartitionId(1), PartitionId(2));
+        let extents = [0, 10, 20].map(|offset| (trimmed, row(offset))).into_iter();
+        let batch = IndexBatch { extents: extents.chain([(other, row(0))]).collect(), ..IndexBatch::default() };
+        family.apply(&batch).unwrap();
+        assert_eq!(family.segments[&SegmentId(3)].live_bytes, 400);
+        let trim = |start_offset| Trim { partition: trimmed, first_ledger: 1, start_offset };
+        let batch = IndexBatch { trims: vec![trim(10), trim(20)], dropped: vec![trimmed], ..IndexBatch::default() };
+        let applied = family.apply(&batch).unwrap();
+        assert_eq!(family.segments[&SegmentId(3)].live_bytes, 100, "the other partition's extent is live");
+        assert_eq!(applied.released, [(SegmentId(3), 100); 3]);
+    }
 }

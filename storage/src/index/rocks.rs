@@ -9,6 +9,7 @@ use rocksdb::{ColumnFamily, ColumnFamilyDescriptor, DB, DBRawIterator, Options, 
 
 use super::kv::{Kv, KvBatch, KvChange, Row, Visit};
 use super::{Index, IndexError};
+use crate::foreign::StoreId;
 
 const WRITE_BUFFER_BYTES: usize = 4 << 20;
 const BLOCK_CACHE_BYTES: usize = 8 << 20;
@@ -26,35 +27,56 @@ impl std::fmt::Debug for IndexDb {
 }
 
 impl IndexDb {
-    /// Opens or makes the database and the families of `shards` shards. An unusable database is set aside and made
-    /// anew; the stores then rebuild their families from their journals.
+    /// Opens or makes the database and the families of the first `shards` stores, and leaves others alone.
     pub fn open(path: &Path, shards: u16) -> Result<Arc<IndexDb>, IndexError> {
-        let db = match open_db(path, shards) {
-            Ok(db) => db,
-            Err(error) if is_unusable(&error) => {
-                let aside = path.with_extension("unusable");
-                tracing::error!(path = %path.display(), error = %error, aside = %aside.display(), "the index is unusable; it is made anew");
-                let set_aside = |source| IndexError::SetAside { path: path.to_owned(), source };
-                if aside.exists() {
-                    std::fs::remove_dir_all(&aside).map_err(set_aside)?;
-                }
-                std::fs::rename(path, &aside).map_err(set_aside)?;
-                open_db(path, shards).map_err(|source| IndexError::Open { path: path.to_owned(), source })?
+        let stores: Vec<StoreId> = (0..shards).map(StoreId).collect();
+        Ok(Arc::new(IndexDb { db: open_or_set_aside(path, &stores)? }))
+    }
+
+    /// Opens or makes the database and the families of these stores. All others are dropped: they are left over.
+    pub fn open_stores(path: &Path, stores: &[StoreId]) -> Result<Arc<IndexDb>, IndexError> {
+        let mut db = open_or_set_aside(path, stores)?;
+        let known: Vec<String> = stores.iter().map(|store| family_name(*store)).collect();
+        for name in DB::list_cf(&Options::default(), path)? {
+            if name != rocksdb::DEFAULT_COLUMN_FAMILY_NAME && !known.contains(&name) {
+                db.drop_cf(&name)?;
             }
-            Err(source) => return Err(IndexError::Open { path: path.to_owned(), source }),
-        };
+        }
         Ok(Arc::new(IndexDb { db }))
     }
 
-    /// The family of one shard; for [`crate::Store::open`], on whichever thread.
+    /// The family of one shard that never had another number; for [`crate::Store::open`], on whichever thread.
     pub fn shard(self: &Arc<Self>, shard: ShardId) -> Index {
-        let family = family_name(shard);
+        self.store(StoreId(shard.0))
+    }
+
+    /// The family of one store.
+    pub fn store(self: &Arc<Self>, store: StoreId) -> Index {
+        let family = family_name(store);
         Index::new(&family, Box::new(RocksKv { db: self.clone(), family: family.clone() }))
     }
 }
 
-fn family_name(shard: ShardId) -> String {
-    format!("shard-{:03}", shard.0)
+/// An unusable database is set aside and made anew; the stores then rebuild their families from their journals.
+fn open_or_set_aside(path: &Path, stores: &[StoreId]) -> Result<DB, IndexError> {
+    match open_db(path, stores) {
+        Ok(db) => Ok(db),
+        Err(error) if is_unusable(&error) => {
+            let aside = path.with_extension("unusable");
+            tracing::error!(path = %path.display(), error = %error, aside = %aside.display(), "the index is unusable; it is made anew");
+            let set_aside = |source| IndexError::SetAside { path: path.to_owned(), source };
+            if aside.exists() {
+                std::fs::remove_dir_all(&aside).map_err(set_aside)?;
+            }
+            std::fs::rename(path, &aside).map_err(set_aside)?;
+            open_db(path, stores).map_err(|source| IndexError::Open { path: path.to_owned(), source })
+        }
+        Err(source) => Err(IndexError::Open { path: path.to_owned(), source }),
+    }
+}
+
+fn family_name(store: StoreId) -> String {
+    format!("shard-{:03}", store.0)
 }
 
 fn is_unusable(error: &rocksdb::Error) -> bool {
@@ -66,7 +88,7 @@ fn is_unusable(error: &rocksdb::Error) -> bool {
     }
 }
 
-fn open_db(path: &Path, shards: u16) -> Result<DB, rocksdb::Error> {
+fn open_db(path: &Path, stores: &[StoreId]) -> Result<DB, rocksdb::Error> {
     let mut options = Options::default();
     options.create_if_missing(true);
     options.create_missing_column_families(true);
@@ -93,7 +115,7 @@ fn open_db(path: &Path, shards: u16) -> Result<DB, rocksdb::Error> {
         options
     };
     let mut names = DB::list_cf(&options, path).unwrap_or_default();
-    names.extend((0..shards).map(|shard| family_name(ShardId(shard))));
+    names.extend(stores.iter().map(|store| family_name(*store)));
     names.push(rocksdb::DEFAULT_COLUMN_FAMILY_NAME.to_owned());
     names.sort_unstable();
     names.dedup();
