@@ -712,7 +712,7 @@ enum Unfit {
 /// Checks that the bytes are the extent of the row, every batch of it, as far as anything in it can tell.
 fn check(partition: PartitionId, row: &ExtentRow, bytes: &[u8]) -> Result<ExtentHeader, Unfit> {
     let header = block::extent_header(bytes).ok().filter(|header| row.describes(partition, header));
-    let header = header.ok_or_else(|| Unfit::Damaged(vec![row.first_offset..row.next_offset]))?;
+    let header = header.ok_or_else(|| Unfit::Damaged(std::iter::once(row.first_offset..row.next_offset).collect()))?;
     let mut latest_ms = 0;
     let mut count = 0;
     let mut bad = block::check_batches(&header, &bytes[EXTENT_HEADER_BYTES..], |batch: &batch::Header, _| {
