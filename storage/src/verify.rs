@@ -102,11 +102,7 @@ pub fn segment_bytes(dir: &Path) -> io::Result<u64> {
 /// what looks damaged is read more than once.
 ///
 /// Errors: the disk does not answer, or a segment is of another store or of a later version.
-pub fn verify(
-    dir: &Path,
-    only: Option<&[SegmentId]>,
-    progress: impl Fn(u64) + 'static,
-) -> Result<Verified, OpenError> {
+pub fn verify(dir: &Path, only: Option<&[SegmentId]>, progress: impl Fn(u64) + 'static) -> Result<Verified, OpenError> {
     let io = DryIo { progress: Rc::new(progress) };
     block_on(verify_with(&io, dir, only))
 }

@@ -84,7 +84,10 @@ fn a_segment_whose_header_is_damaged_is_named() {
     flip(&path, 9);
     let verified = check(dir.path());
     let id = drava_storage::segment::parse_name(&path).unwrap();
-    assert!(verified.findings.iter().any(|f| f.kind == FindingKind::Header && SegmentId(f.segment) == id), "{verified:?}");
+    assert!(
+        verified.findings.iter().any(|f| f.kind == FindingKind::Header && SegmentId(f.segment) == id),
+        "{verified:?}"
+    );
 }
 
 #[test]
