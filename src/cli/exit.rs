@@ -49,6 +49,8 @@ exits! {
     Storage = 8,
     /// Something that was stored is damaged; what can be read was read.
     Damaged = 9,
+    /// The offset to start from lies beyond the end, and nothing waits for it.
+    BeyondEnd = 10,
     /// A bug stopped the node.
     Panic = 70,
 }

@@ -415,7 +415,8 @@ impl<I: Io, T: 'static> Inner<I, T> {
     /// Blocks of compacted segments and of other stores are numbered on their own and never in the cache.
     fn is_cached(&self, row: &ExtentRow) -> bool {
         row.store.is_none()
-            && self.journal.is_journal(row.segment) && self.cache.borrow().get(row.block_sequence).is_some()
+            && self.journal.is_journal(row.segment)
+            && self.cache.borrow().get(row.block_sequence).is_some()
     }
 
     /// Whether a reader that planned with this row would have to ask again.

@@ -13,7 +13,7 @@ use drava_protocol::frame::padded;
 use crate::block::{self, BlockError, BlockHeader, EXTENT_HEADER_BYTES, ExtentHeader, ExtentKind};
 use crate::io::ALIGNMENT;
 use crate::segment::{self, SegmentHeader, SegmentKind};
-use crate::state::RowChange;
+use crate::state::{Checkpoint, RowChange};
 
 /// Something in a segment and where it starts, in bytes from the start of the file.
 #[derive(Clone, Debug)]
@@ -210,6 +210,9 @@ impl Dump {
                     RowChange::Delete { key } => ("delete", key, 0),
                     RowChange::Trim(trim) => ("trim to", trim.start_offset.to_string().into_bytes(), 0),
                     RowChange::Drop => ("drop the partition", Vec::new(), 0),
+                    RowChange::Checkpoint(Checkpoint::Row { key, value, .. }) => ("as indexed", key, value.len()),
+                    RowChange::Checkpoint(Checkpoint::Partition { .. }) => ("partition as indexed", Vec::new(), 0),
+                    RowChange::Checkpoint(Checkpoint::End { .. }) => ("end of a checkpoint", Vec::new(), 0),
                 };
                 self.items.push_back(Item { position, kind: ItemKind::Row { change, key, value_bytes } });
                 position += bytes;

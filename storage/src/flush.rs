@@ -18,7 +18,7 @@ use crate::journal::Completed;
 use crate::pool::{self, Block};
 use crate::segment::SegmentId;
 use crate::stage::{Group, StagedExtent};
-use crate::state::{RowChange, StateBatch};
+use crate::state::{Checkpoint, RowChange, StateBatch};
 use crate::store::{FlushError, FlushSink, Inner, Partitions};
 
 /// An index batch goes out when it has this many extents,
@@ -154,8 +154,8 @@ impl<I: Io, T: 'static> Inner<I, T> {
             }
             let partition = &mut partitions.list[partition_index as usize];
             group.take_rows(index, |change| {
-                // Retention decides anew about a trim.
-                if !matches!(change, RowChange::Trim(_)) {
+                // Retention decides anew about a trim, and a checkpoint is begun anew.
+                if !matches!(change, RowChange::Trim(_) | RowChange::Checkpoint(_)) {
                     staging.row(partition.partition, partition_index, change, &mut partition.state_chain);
                 }
             });
@@ -247,6 +247,11 @@ impl<I: Io, T: 'static> Inner<I, T> {
                     partition.tail = Default::default();
                     batch.dropped.push(partition.partition);
                 }
+                RowChange::Checkpoint(Checkpoint::End { generation, .. }) => {
+                    batch.checkpoint = Some(generation);
+                    self.journal.set_checkpoint(generation);
+                }
+                RowChange::Checkpoint(Checkpoint::Row { .. } | Checkpoint::Partition { .. }) => {}
             });
         }
         self.journal.add_live(placement.segment, live_bytes);
@@ -258,6 +263,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         indexing.changed |= !is_mark;
         indexing.bytes += completed.block_bytes;
         indexing.unflushed_bytes += completed.block_bytes;
+        self.checkpoints.borrow_mut().grown_bytes += completed.block_bytes;
         if INDEX_EXTENTS_MIN <= indexing.batch.extents.len() || INDEX_BYTES_MIN <= indexing.bytes {
             indexing.wanted = true;
             self.index_woken.notify();
@@ -282,6 +288,11 @@ impl<I: Io, T: 'static> Inner<I, T> {
             return false;
         }
         let mut block_bytes = pool::class_bytes(body_bytes);
+        self.make_room(staging.memory_bytes(), block_bytes as u64);
+        if 0 < in_flight && self.memory.is_over(staging.memory_bytes(), block_bytes as u64) {
+            // Large blocks go one at a time where there is no memory for more.
+            return false;
+        }
         let mut placement = self.journal.place(block_bytes as u64);
         if placement.is_none() && self.journal.has_room(block_bytes as u64) {
             // The next segment is being made ready.
@@ -293,7 +304,6 @@ impl<I: Io, T: 'static> Inner<I, T> {
             placement = self.journal.place(block_bytes as u64);
         }
         let Some(placement) = placement else { return false };
-        self.make_room(staging.memory_bytes(), block_bytes as u64);
         let mut group = staging.take_front().expect("it was looked at");
         drop(staging);
         self.in_flight_bytes.set(self.in_flight_bytes.get() + group.body_bytes as u64);
@@ -322,12 +332,23 @@ impl<I: Io, T: 'static> Inner<I, T> {
                     let indexing = self.indexing.borrow();
                     indexing.flush_wanted || self.config.index_flush_bytes <= indexing.unflushed_bytes
                 };
+                let flush_due = flush_due && self.index_has_room().await;
                 if let Err(error) = self.send_index_batch(Some(&sink), flush_due, false).await {
                     tracing::error!(shard = self.config.shard.0, error = %error, "the index failed; the shard takes no more entries");
                     self.journal.fail(error);
                 }
             }
         }
+    }
+
+    /// A flush of the index takes room, which is part of the reserve. Where others have eaten into that, it waits: the
+    /// index would fail for good on a disk without any.
+    async fn index_has_room(&self) -> bool {
+        if !self.journal.is_full() {
+            return true;
+        }
+        let free_bytes = self.io.free_bytes(&self.config.dir).await;
+        free_bytes.is_ok_and(|free_bytes| self.config.disk_reserve_bytes / 2 <= free_bytes)
     }
 
     /// Brings the index up to the last completed block.
@@ -383,7 +404,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
             let unflushed_bytes = std::mem::take(&mut indexing.unflushed_bytes);
             (batch, unflushed_bytes, indexing.covered.end.next_sequence.saturating_sub(1))
         };
-        let sent_bytes = self.memory.index_bytes();
+        let sent_bytes = self.memory.index_sent();
         let applied = self.index.apply(batch).await.map_err(|error| FlushError::Index(error.to_string()))?;
         self.memory.index_has(sent_bytes);
         self.woken.notify();
@@ -396,7 +417,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         for (segment, bytes) in applied.released {
             *indexing.released.entry(segment).or_default() += bytes;
         }
-        if applied.flushed {
+        if applied.flushed || cfg!(feature = "mutant-index-order") {
             indexing.flushed_at = self.io.now();
             indexing.unflushed = false;
             let released = std::mem::take(&mut indexing.released);
@@ -432,10 +453,11 @@ impl<I: Io, T: 'static> Inner<I, T> {
                 self.io.yield_if_needed().await;
             }
             self.backlog.expire(self.io.now());
+            self.make_room(self.staging.borrow().memory_bytes(), 0);
             self.tidy_damage();
             let mut indexing = self.indexing.borrow_mut();
-            let flush_due =
-                (indexing.unflushed || indexing.changed) && indexing.flushed_at + INDEX_FLUSH_INTERVAL <= self.io.now();
+            let flush_due = (indexing.unflushed || indexing.changed)
+                && (indexing.flushed_at + INDEX_FLUSH_INTERVAL <= self.io.now() || self.journal.waits_for_index());
             if indexing.changed || flush_due {
                 indexing.wanted = true;
                 indexing.flush_wanted |= flush_due;
@@ -454,6 +476,10 @@ impl<I: Io, T: 'static> Inner<I, T> {
         partition.stretch_roll();
         partition.count_memory(&self.memory);
         if self.journal.is_failed() {
+            return;
+        }
+        // What is staged ahead of it must not take its room: without any it would wait in front of everything else.
+        if !self.journal.has_room(self.staging.borrow().bytes() + self.in_flight_bytes.get() + ALIGNMENT as u64) {
             return;
         }
         let Some(trim) = partition.expired(now_ms) else { return };

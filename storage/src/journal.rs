@@ -181,6 +181,8 @@ struct State<I: Io, P> {
     vouched_sequence: u64,
     /// The last block that holds nothing.
     mark_sequence: u64,
+    /// Segments of this generation and later ones hold the last whole checkpoint and what came after it.
+    checkpoint_generation: u64,
 }
 
 /// The blocks that the segment which takes over will cut off.
@@ -244,6 +246,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 rolls: 0,
                 vouched_sequence: 0,
                 mark_sequence: 0,
+                checkpoint_generation: u64::MAX,
             }),
             woken,
             wanted: Notify::default(),
@@ -320,7 +323,11 @@ impl<I: Io, P: 'static> Journal<I, P> {
         self.writing.set(self.writing.get() + 1);
         let journal = self.clone();
         self.io.spawn(async move {
-            let result = file.write_at(buffer, placement.position).await.map_err(|error| FlushError::Write {
+            let mut result = file.write_at(buffer, placement.position).await;
+            if result.is_err() && cfg!(feature = "mutant-resume-after-failed-sync") {
+                result = file.sync().await;
+            }
+            let result = result.map_err(|error| FlushError::Write {
                 segment: placement.segment.0,
                 position: placement.position,
                 message: error.to_string(),
@@ -368,7 +375,10 @@ impl<I: Io, P: 'static> Journal<I, P> {
         if let Some(error) = state.failed.clone() {
             return state.in_flight.pop_front().map(|entry| Err((error, entry.completed.payload)));
         }
-        let result = state.in_flight.front_mut()?.result.take()?;
+        let result = match state.in_flight.front_mut()?.result.take() {
+            None if cfg!(feature = "mutant-early-ack") => Ok(()),
+            result => result?,
+        };
         let entry = state.in_flight.pop_front().expect("looked at above");
         match result {
             Ok(()) => {
@@ -492,6 +502,33 @@ impl<I: Io, P: 'static> Journal<I, P> {
         state.covered_sequence = state.covered_sequence.max(sequence);
         drop(state);
         self.wanted.notify();
+    }
+
+    /// The last whole checkpoint starts in the segment of this generation: dead segments before it may be used again.
+    /// Without a call, nothing is kept for the sake of checkpoints.
+    pub(crate) fn set_checkpoint(&self, generation: u64) {
+        self.state.borrow_mut().checkpoint_generation = generation;
+        self.wanted.notify();
+    }
+
+    /// The disk has no room for a new segment.
+    pub(crate) fn is_full(&self) -> bool {
+        self.state.borrow().full
+    }
+
+    /// Whether the disk is full and a segment could be used again if the index were made durable.
+    pub(crate) fn waits_for_index(&self) -> bool {
+        let state = self.state.borrow();
+        let state = &*state;
+        let unused = |s: &Segment<I::File>| s.role == Role::Sealed && s.live_bytes == 0;
+        state.full && state.segments.iter().flatten().any(|s| unused(s) && !state.is_forgotten(s))
+    }
+
+    /// Whether the disk is full and a segment could be used again if there were a later checkpoint.
+    pub(crate) fn waits_for_checkpoint(&self) -> bool {
+        let state = self.state.borrow();
+        let state = &*state;
+        state.full && state.segments.iter().flatten().any(|s| state.is_forgotten(s) && !state.is_dead(s))
     }
 
     pub(crate) fn add_live(&self, segment: SegmentId, bytes: u64) {
@@ -711,6 +748,9 @@ impl<I: Io, P: 'static> Journal<I, P> {
                     tracing::warn!(shard = self.config.shard.0, error = %error, "no spare segment could be made");
                     self.io.sleep(RETRY).await;
                 }
+            } else if self.has_many_dead() {
+                // More than are kept once it is quiet, which nobody tells.
+                self.wanted_or(QUIET).await;
             } else {
                 self.wanted.notified().await;
             }
@@ -787,6 +827,12 @@ impl<I: Io, P: 'static> Journal<I, P> {
         !state.full && dead + spare + usize::from(state.prepared.is_some()) < self.config.segments_spare
     }
 
+    fn has_many_dead(&self) -> bool {
+        let state = self.state.borrow();
+        let dead = state.segments.iter().flatten().filter(|segment| state.is_dead(segment)).count();
+        self.config.segments_spare + DEAD_KEPT < dead
+    }
+
     /// A dead segment that nobody will need soon, or that has not the size of today's.
     fn surplus(&self) -> Option<SegmentId> {
         let state = self.state.borrow();
@@ -797,8 +843,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
         });
         let kept = if self.is_quiet() { DEAD_KEPT } else { DEAD_KEPT_BUSY };
         let many = self.config.segments_spare + kept < state.segments.iter().filter(dead).count();
-        let suspect =
-            state.segments.iter().position(|s| s.as_ref().is_some_and(|s| state.is_dead(s) && s.suspect));
+        let suspect = state.segments.iter().position(|s| s.as_ref().is_some_and(|s| state.is_dead(s) && s.suspect));
         let found = suspect.or(odd).or_else(|| state.segments.iter().rposition(|s| dead(&s)).filter(|_| many));
         found.map(|index| SegmentId(index as u32))
     }
@@ -839,9 +884,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
             let mut state = self.state.borrow_mut();
             let state = &mut *state;
             let dead = state.segments.iter().position(|segment| {
-                segment.as_ref().is_some_and(|s| {
-                    state.is_dead(s) && s.bytes == self.config.segment_bytes && !s.suspect
-                })
+                segment.as_ref().is_some_and(|s| state.is_dead(s) && s.bytes == self.config.segment_bytes && !s.suspect)
             });
             let spare = || {
                 let spare = |s: &Segment<I::File>| s.role == Role::Spare && s.bytes == self.config.segment_bytes;
@@ -867,7 +910,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
         let file = self.file(id).await?;
         let (generation, cuts, rolls) = {
             let mut state = self.state.borrow_mut();
-            state.generation += 1;
+            state.generation +=
+                if cfg!(feature = "mutant-reuse-generation") { u64::from(state.generation == 0) } else { 1 };
             // Cuts are about the chain, which compacted segments are no part of.
             let cuts = match kind {
                 SegmentKind::Journal => state.cuts_for(id, state.generation),
@@ -948,7 +992,9 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 return Err(error);
             }
         };
-        self.io.sync_dir(&config.dir).await?;
+        if !cfg!(feature = "mutant-no-dir-sync") {
+            self.io.sync_dir(&config.dir).await?;
+        }
         self.state.borrow_mut().segments[id.0 as usize] = Some(Segment {
             generation: 0,
             bytes: config.segment_bytes,
@@ -1021,6 +1067,13 @@ impl<I: Io, P> State<I, P> {
     }
 
     fn is_dead(&self, segment: &Segment<I::File>) -> bool {
+        // Only the journal's own blocks repeat rows and change them.
+        let needed = segment.kind == SegmentKind::Journal && self.checkpoint_generation <= segment.generation;
+        self.is_forgotten(segment) && !needed
+    }
+
+    /// Nothing in it is live or will be replayed.
+    fn is_forgotten(&self, segment: &Segment<I::File>) -> bool {
         segment.role == Role::Sealed
             && segment.live_bytes == 0
             && segment.last_sequence <= self.covered_sequence

@@ -152,6 +152,10 @@ impl Ledgers {
         Some(self.rows[index].1)
     }
 
+    pub(crate) fn rows(&self) -> impl Iterator<Item = (u32, LedgerRow)> {
+        self.rows.iter().copied()
+    }
+
     pub(crate) fn first_offset(&self) -> Option<u64> {
         self.rows.front().map(|(_, row)| row.first_offset)
     }

@@ -27,6 +27,7 @@ mod backlog;
 pub mod block;
 pub mod budget;
 mod cache;
+mod checkpoint;
 mod compact;
 mod damage;
 pub mod dump;
@@ -41,6 +42,7 @@ mod mark;
 mod memory;
 mod open;
 mod pool;
+mod rebuild;
 mod record_log;
 mod recovery;
 pub mod reshard;
@@ -62,6 +64,7 @@ pub use memory::MemoryFigures;
 pub use record_log::{RecordLog, RecordLogConfig, RecordPosition};
 pub use state::StateBatch;
 pub use store::{
-    AppendError, Cached, DamagedRange, FlushError, FlushSink, NewEntry, OpenError, PartitionLimits, PartitionSlot,
-    ReadError, Recovered, RecoveredPartition, ReplayedBatch, Run, Span, Store, StoreConfig, StoreFigures, TornTail,
+    AppendError, Cached, DamagedRange, FlushError, FlushSink, LostRange, NewEntry, OpenError, PartitionLimits,
+    PartitionSlot, ReadError, Rebuilt, Recovered, RecoveredPartition, ReplayedBatch, Run, Span, Store, StoreConfig,
+    StoreFigures, TornTail,
 };

@@ -11,22 +11,24 @@ use drava_runtime::local::{Broadcast, Notify};
 use crate::backlog::Backlog;
 use crate::block::{ExtentHeader, ExtentKind};
 use crate::cache::BlockCache;
+use crate::checkpoint::Checkpoints;
 use crate::compact::Compactor;
 use crate::damage::Registry;
 use crate::flush::Indexing;
 use crate::foreign::Foreign;
 use crate::index::{Covered, ExtentRow, Index, IndexBatch, IndexThread, SegmentRow};
 use crate::io::{ALIGNMENT, Io};
-use crate::journal::{Journal, JournalConfig, JournalEnd};
+use crate::journal::{Journal, JournalConfig, JournalEnd, Role, Segment};
 use crate::ledger::{Ledgers, RollPolicy, Writer};
 use crate::managed_ledger::ManagedLedger;
 use crate::memory::Memory;
 use crate::pool::BufferPool;
+use crate::rebuild::Rebuild;
 use crate::recovery::{self, Visited, Visitor, open_error};
 use crate::scrub::Scrub;
-use crate::segment::{self, SegmentId};
+use crate::segment::{self, SegmentId, SegmentKind};
 use crate::stage::Staging;
-use crate::state::{RowChange, StateBatch};
+use crate::state::{Checkpoint, RowChange, StateBatch};
 use crate::store::{
     Inner, OpenError, PartitionLimits, Partitions, Recovered, RecoveredPartition, ReplayedBatch, StoreConfig,
     StoreFigures,
@@ -94,7 +96,33 @@ pub(crate) async fn open<I: Io, T: 'static>(
         replay.state.insert(id, found.state.into_iter().collect());
     }
     let sealed = covered.is_some_and(|covered| covered.sealed);
-    let replayed = recovery::replay(&io, &config.dir, config.shard, &mut segments, covered, &mut replay).await?;
+    let mut made_anew = None;
+    let replayed = if covered.is_some() {
+        recovery::replay(&io, &config.dir, config.shard, &mut segments, covered, &mut replay).await?
+    } else {
+        let used = segments.iter().flatten().filter(|segment| 0 < segment.generation);
+        let bytes_total = used.map(|segment| segment.bytes).sum();
+        let mut rebuild = Rebuild::new(&io, &index, config.shard, bytes_total);
+        let replayed = recovery::replay(&io, &config.dir, config.shard, &mut segments, None, &mut rebuild).await?;
+        recovery::read_compacted(&io, &config.dir, config.shard, &mut segments, &mut rebuild).await?;
+        let finished = rebuild.finish(roll).await?;
+        replay.partitions = finished.partitions;
+        replay.state = finished.state;
+        replay.batches = finished.batches;
+        replay.index = finished.index;
+        replay.live = finished.live;
+        made_anew = Some(finished.rebuilt).filter(|_| 0 < replayed.blocks);
+        replayed
+    };
+    let checkpoint = replay.index.checkpoint.or(loaded.checkpoint).unwrap_or(0);
+    // Without a checkpoint all of the journal is behind the last one.
+    let grown = |segment: &&Segment<I::File>| {
+        segment.kind == SegmentKind::Journal && segment.role != Role::Spare && checkpoint <= segment.generation
+    };
+    let checkpoints = Checkpoints {
+        grown_bytes: segments.iter().flatten().filter(grown).map(|segment| segment.bytes).sum(),
+        bytes: replay.state.values().flatten().map(|(key, value)| (key.len() + value.len() + 32) as u64).sum(),
+    };
     for &(id, bytes) in &replay.live {
         if let Some(segment) = segments[id.0 as usize].as_mut() {
             segment.live_bytes += bytes;
@@ -162,6 +190,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
     ));
     let indexed_sequence = known_end.next_sequence - 1;
     journal.set_covered(indexed_sequence);
+    journal.set_checkpoint(checkpoint);
     if !journal.has_segment() {
         journal.prepare().await.map_err(open_error("make the first journal segment"))?;
     }
@@ -183,6 +212,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
         damaged: replayed.damaged,
         torn: replayed.torn,
         index_rebuilt: rebuilt,
+        rebuilt: made_anew,
     };
     let inner = Inner {
         pool: Rc::new(BufferPool::new(io.clone(), memory.buffers_bytes_max() as usize, memory.clone())),
@@ -216,6 +246,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
         memory,
         damage: RefCell::new(damage),
         scrub: RefCell::new(scrub),
+        checkpoints: RefCell::new(checkpoints),
         unvouched: Notify::default(),
         mark_wanted: Cell::new(false),
         journal,
@@ -276,14 +307,7 @@ impl Visitor for Replay {
             partition.writer = Writer::after(partition.row().last_ledger);
             self.index.extents.push((partition.partition, row));
             self.live.push((block.segment, row.body_bytes as u64));
-            let batches = block.batches[extent.batches.clone()].iter().map(|batch| ReplayedBatch {
-                base_offset: batch.base_offset,
-                record_count: batch.record_count,
-                append_time_ms: batch.append_time_ms,
-                producer: batch.producer,
-                producer_epoch: batch.producer_epoch,
-                base_sequence: batch.base_sequence,
-            });
+            let batches = block.batches[extent.batches.clone()].iter().map(ReplayedBatch::of);
             self.batches.entry(partition.partition).or_default().extend(batches);
         }
         // A partition's last row may drop it, whatever comes before it in the block.
@@ -308,6 +332,13 @@ impl Visitor for Replay {
 
 impl Replay {
     fn change(&mut self, id: PartitionId, change: RowChange) {
+        // It repeats what the index has; the partition may be gone since.
+        if let RowChange::Checkpoint(row) = change {
+            if let Checkpoint::End { generation, .. } = row {
+                self.index.checkpoint = Some(generation);
+            }
+            return;
+        }
         let partition = self.partitions.get_or_insert(id, self.roll);
         match change {
             RowChange::Put { key, value } => {
@@ -332,6 +363,7 @@ impl Replay {
                 self.batches.remove(&id);
                 self.index.dropped.push(id);
             }
+            RowChange::Checkpoint(_) => {}
         }
     }
 }

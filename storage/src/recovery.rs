@@ -21,8 +21,9 @@ use crate::block::{self, BlockHeader, EXTENT_HEADER_BYTES, ExtentHeader, ExtentK
 use crate::index::Covered;
 use crate::io::{ALIGNMENT, File, Io};
 use crate::journal::{JournalEnd, Role, Segment};
+use crate::rebuild::Rebuild;
 use crate::segment::{self, SegmentError, SegmentHeader, SegmentId, SegmentKind};
-use crate::store::{DamagedRange, OpenError, TornTail};
+use crate::store::{DamagedRange, LostRange, OpenError, TornTail};
 
 const CHUNK_BYTES: usize = 1 << 20;
 const WINDOW_BYTES_MIN: usize = 256 << 10;
@@ -48,6 +49,12 @@ pub(crate) async fn survey<I: Io>(
     known: &dyn Fn(SegmentId) -> Option<(u64, SegmentKind)>,
 ) -> Result<Vec<Option<Segment<I::File>>>, OpenError> {
     io.create_dir(dir).await.map_err(open_error(format!("make {}", dir.display())))?;
+    // A process that died may have made a name here and not made it durable; what is written under it now must not go
+    // with the name.
+    let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
+    for dir in [Some(dir), parent].into_iter().flatten() {
+        io.sync_dir(dir).await.map_err(open_error(format!("sync {}", dir.display())))?;
+    }
     let files = io.list(dir).await.map_err(open_error(format!("list {}", dir.display())))?;
     let mut found: Vec<(SegmentId, u64)> =
         files.iter().filter_map(|(path, bytes)| Some((segment::parse_name(path)?, *bytes))).collect();
@@ -89,6 +96,15 @@ pub(crate) async fn survey<I: Io>(
                             known(id).ok_or(OpenError::Io { what, source: error })?
                         }
                     };
+                    let mut use_of_it = (generation, kind);
+                    if generation == 0
+                        && let Some(found) = use_by_first_block(&file, bytes, shard).await
+                    {
+                        // A header that was zeroed or cannot be believed; the blocks say what it said.
+                        tracing::error!(path = %path.display(), generation = found.0, "a segment has blocks and no header");
+                        use_of_it = found;
+                    }
+                    let (generation, kind) = use_of_it;
                     let cuts = match cuts {
                         Some(Ok(cuts)) if 0 < generation => cuts,
                         Some(Err(error)) if 0 < generation => {
@@ -128,6 +144,20 @@ pub(crate) async fn survey<I: Io>(
         }
     }
     Ok(segments)
+}
+
+/// What the first block says of the use of its segment, if it is whole.
+async fn use_by_first_block<F: File>(file: &F, segment_bytes: u64, shard: ShardId) -> Option<(u64, SegmentKind)> {
+    let head = file.read_at(segment::HEADER_BYTES, ALIGNMENT).await.ok()?;
+    let header = block::header(&head).ok().filter(|header| header.id.shard == shard)?;
+    if segment_bytes < segment::HEADER_BYTES + header.block_bytes as u64 {
+        return None;
+    }
+    let bytes = file.read_at(segment::HEADER_BYTES, header.block_bytes as usize).await.ok()?;
+    block::check(&bytes).ok()?;
+    // A journal has its first block in its first segment; every other that starts with the first block is compacted.
+    let compacted = header.id.sequence == 1 && 1 < header.id.generation;
+    Some((header.id.generation, if compacted { SegmentKind::Compacted } else { SegmentKind::Journal }))
 }
 
 /// Runs futures beside one another on this task.
@@ -194,6 +224,11 @@ pub(crate) trait Visitor {
     /// An extent of a damaged block, as far as its header can still be read: the messages are gone, but their offsets
     /// were given out.
     fn lost(&mut self, extent: &ExtentHeader);
+
+    /// Called between blocks.
+    fn pause(&mut self) -> impl Future<Output = Result<(), OpenError>> {
+        std::future::ready(Ok(()))
+    }
 }
 
 /// Reads all blocks from `covered` on, or all there are. Sealed: the journal was closed in good order there, so that
@@ -271,6 +306,17 @@ pub(crate) async fn replay<I: Io>(
                 previous_crc: header.crc,
             });
             seal(segments, order[at].1, header.id.sequence);
+            if block.damaged {
+                // It is one of those found behind a bad block, or bad itself.
+                let end_position = position;
+                note_bad_batches(
+                    &mut replayed.damaged,
+                    order[at],
+                    (end_position - header.block_bytes as u64, end_position),
+                    &block,
+                );
+            }
+            visitor.pause().await?;
             continue;
         };
         if sealed && replayed.blocks == 0 && problem == Misfit::Nothing {
@@ -304,19 +350,43 @@ pub(crate) async fn replay<I: Io>(
                 (false, true) => later.position + later.block_bytes,
                 (false, false) => later.position,
             };
-            tracing::error!(
-                shard = shard.0,
-                segment = order[at].1.0,
-                start_position = position,
-                end_position,
-                "a part of the journal is damaged; it is skipped"
-            );
-            let lost_bytes = (end_position - position).min(LOST_BYTES_MAX) as usize;
-            let sequences = chain.sequence.unwrap_or(later.sequence)..later.sequence;
-            if !sequences.is_empty() {
-                lost_extents(reader.at(position, lost_bytes).await?, &sequences, visitor);
+            let sequences = chain.sequence.unwrap_or(1)..later.sequence;
+            let mut places = vec![(at, position, end_position)];
+            if jump && segment::HEADER_BYTES < later.position {
+                // What is missing may have been at the start of the other as well.
+                places.push((later.at, segment::HEADER_BYTES, later.position));
+                if problem == Misfit::Nothing {
+                    places.remove(0);
+                }
             }
-            replayed.damaged.push(DamagedRange { segment: order[at].1.0, start_position: position, end_position });
+            for (index, start_position, end_position) in places {
+                tracing::error!(
+                    shard = shard.0,
+                    segment = order[index].1.0,
+                    start_position,
+                    end_position,
+                    "a part of the journal is damaged; it is skipped"
+                );
+                let lost_bytes = (end_position - start_position).min(LOST_BYTES_MAX) as usize;
+                let mut range = DamagedRange {
+                    segment: order[index].1.0,
+                    start_position,
+                    end_position,
+                    generation: order[index].0,
+                    lost: Vec::new(),
+                };
+                if !sequences.is_empty() {
+                    let mut other;
+                    let from = if index == at {
+                        &mut reader
+                    } else {
+                        other = Reader::open(io, dir, segments, order[index], shard).await?;
+                        &mut other
+                    };
+                    lost_extents(from.at(start_position, lost_bytes).await?, &sequences, &mut range.lost, visitor);
+                }
+                replayed.damaged.push(range);
+            }
         }
         if jump {
             reader.sync().await?;
@@ -391,14 +461,75 @@ fn first_cut<F>(segments: &[Option<Segment<F>>], generation: u64) -> u64 {
 }
 
 /// Finds extent headers of blocks that are not whole. The block's sequence in each vouches for it.
-fn lost_extents(bytes: &[u8], sequences: &std::ops::Range<u64>, visitor: &mut impl Visitor) {
+fn lost_extents(bytes: &[u8], sequences: &std::ops::Range<u64>, lost: &mut Vec<LostRange>, visitor: &mut impl Visitor) {
     for position in (0..bytes.len()).step_by(16) {
         let Ok(header) = block::extent_header(&bytes[position..]) else { continue };
         let plausible = header.record_count <= header.entry_count as u64 * batch::RECORDS_MAX as u64;
         if header.kind == ExtentKind::Data && sequences.contains(&header.block_sequence) && plausible {
             visitor.lost(&header);
+            let offsets = header.base_offset..header.next_offset();
+            lost.push(LostRange { partition: header.ledger.partition, offsets });
         }
     }
+}
+
+/// Notes the batches of a block that are bad, at the place that was reported for it or as one of their own.
+fn note_bad_batches(
+    damaged: &mut Vec<DamagedRange>,
+    (generation, segment): (u64, SegmentId),
+    (start_position, end_position): (u64, u64),
+    block: &Parsed,
+) {
+    let known = damaged.last().is_some_and(|last| {
+        (last.segment, last.generation) == (segment.0, generation) && end_position <= last.end_position
+    });
+    if !known {
+        let segment = segment.0;
+        damaged.push(DamagedRange { segment, start_position, end_position, generation, lost: Vec::new() });
+    }
+    if let Some(last) = damaged.last_mut() {
+        last.lost.extend(block.bad.iter().cloned());
+    }
+}
+
+/// Reads all blocks of compacted segments, the oldest first, each segment up to where it does not go on.
+pub(crate) async fn read_compacted<I: Io>(
+    io: &I,
+    dir: &Path,
+    shard: ShardId,
+    segments: &mut [Option<Segment<I::File>>],
+    rebuild: &mut Rebuild<'_, I>,
+) -> Result<(), OpenError> {
+    let compacted = segments.iter().enumerate().filter_map(|(index, segment)| {
+        let segment = segment.as_ref().filter(|s| s.kind == SegmentKind::Compacted && 0 < s.generation)?;
+        Some((segment.generation, SegmentId(index as u32)))
+    });
+    let mut order: Vec<(u64, SegmentId)> = compacted.collect();
+    order.sort_unstable();
+    let mut block = Parsed::default();
+    for listed in order {
+        let mut reader = Reader::open(io, dir, segments, listed, shard).await?;
+        // Cuts are about the journal.
+        reader.cut_sequence = u64::MAX;
+        let mut position = segment::HEADER_BYTES;
+        let mut chain = Chain { sequence: Some(1), crc: Some(0) };
+        // A block of which only batches are bad is read like any other.
+        while reader.block(position, &mut block).await?.and_then(|()| chain.links(&block)).is_ok() {
+            let header = block.header.expect("parsed");
+            rebuild.compacted(&Visited {
+                segment: listed.1,
+                position,
+                header,
+                bytes: &reader.window[(position - reader.start) as usize..][..header.block_bytes as usize],
+                extents: &block.extents,
+                batches: &block.batches,
+            });
+            rebuild.pause().await?;
+            position += header.block_bytes as u64;
+            chain = Chain { sequence: Some(header.id.sequence + 1), crc: Some(header.crc) };
+        }
+    }
+    Ok(())
 }
 
 fn seal<F>(segments: &mut [Option<Segment<F>>], id: SegmentId, sequence: u64) {
@@ -433,7 +564,17 @@ impl Chain {
         if self.crc.is_some_and(|crc| crc != header.id.previous_crc) {
             return Err(Misfit::Nothing);
         }
-        if block.damaged && self.crc.is_some() { Err(Misfit::Damaged) } else { Ok(()) }
+        // Only behind a bad block, where a later one has vouched for it, is a block taken with bad batches in it: anywhere
+        // else, and at the very start, it may be a torn tail.
+        let vouched = self.crc.is_none() && self.sequence.is_some();
+        if block.damaged && !vouched { Err(Misfit::Damaged) } else { Ok(()) }
+    }
+
+    /// As [`Chain::fits`], whatever is in the batches.
+    fn links(&self, block: &Parsed) -> Result<(), Misfit> {
+        let header = block.header.as_ref().ok_or(Misfit::Nothing)?;
+        let links = self.sequence == Some(header.id.sequence) && self.crc == Some(header.id.previous_crc);
+        if links { Ok(()) } else { Err(Misfit::Nothing) }
     }
 }
 
@@ -454,11 +595,14 @@ async fn find_later<I: Io>(
     chain: &Chain,
     reader: &mut Reader<I::File>,
 ) -> Result<Option<Later>, OpenError> {
-    let Some(expected) = chain.sequence else {
+    if cfg!(feature = "mutant-truncate-damage") {
         return Ok(None);
-    };
+    }
+    // Without an index, what is missing is at the very start.
+    let expected = chain.sequence.unwrap_or(1);
     let shard = reader.shard;
     let mut first = None;
+    let mut vouched = false;
     let mut block = Parsed::default();
     let mut other;
     for (index, &listed) in order.iter().enumerate().skip(at) {
@@ -481,7 +625,10 @@ async fn find_later<I: Io>(
                     continue;
                 }
             };
-            if first.is_none() && (position != bad_position || index != at || block.damaged) {
+            // A lower one behind a higher: the higher is a copy that a misdirected write left there.
+            let better = first.as_ref().is_none_or(|first: &Later| header.id.sequence < first.sequence);
+            let misplaced = index == at && position == bad_position && !block.damaged;
+            if better && !misplaced {
                 first = Some(Later {
                     at: index,
                     position,
@@ -490,13 +637,15 @@ async fn find_later<I: Io>(
                 });
             }
             // In a rebuild, segments before this one may have been used again: then nothing is missing here.
-            if expected <= header.id.durable_sequence {
+            vouched |= expected <= header.id.durable_sequence;
+            if vouched && !better {
                 return Ok(first);
             }
-            position += header.block_bytes as u64;
+            // What a block claims whose batches are bad may belong to another.
+            position += if block.damaged { ALIGNMENT as u64 } else { header.block_bytes as u64 };
         }
     }
-    Ok(None)
+    Ok(first.filter(|_| vouched))
 }
 
 /// A block taken apart.
@@ -507,6 +656,8 @@ struct Parsed {
     batches: Vec<batch::Header>,
     /// The block is good and the inside of some batch is not.
     damaged: bool,
+    /// The messages of such batches.
+    bad: Vec<LostRange>,
 }
 
 /// Reads one segment forward, in large pieces.
@@ -560,6 +711,7 @@ impl<F: File> Reader<F> {
         block.damaged = false;
         block.extents.clear();
         block.batches.clear();
+        block.bad.clear();
         if self.bytes < position + ALIGNMENT as u64 {
             return Ok(Err(Misfit::Nothing));
         }
@@ -586,6 +738,8 @@ impl<F: File> Reader<F> {
                 let batches = &mut block.batches;
                 let bad = block::check_batches(&extent, visited.body(bytes), |header, _| batches.push(*header));
                 block.damaged |= !bad.is_empty();
+                let partition = extent.ledger.partition;
+                block.bad.extend(bad.into_iter().map(|offsets| LostRange { partition, offsets }));
                 visited.batches.end = block.batches.len();
             }
             block.extents.push(visited);

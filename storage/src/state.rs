@@ -5,7 +5,7 @@
 
 use drava_protocol::PartitionId;
 
-use crate::index::Trim;
+use crate::index::{PartitionRow, Trim};
 
 /// State derived from durable entries, to be written together with the index of those entries.
 ///
@@ -31,6 +31,9 @@ const OP_PUT: u8 = 1;
 const OP_DELETE: u8 = 2;
 const OP_TRIM: u8 = 3;
 const OP_DROP: u8 = 4;
+const OP_SAVED_ROW: u8 = 5;
+const OP_SAVED_PARTITION: u8 = 6;
+const OP_SAVED_END: u8 = 7;
 
 /// Longest key of a row.
 pub const KEY_BYTES_MAX: usize = u16::MAX as usize;
@@ -51,6 +54,27 @@ pub(crate) enum RowChange {
     Trim(Trim),
     /// The partition is deleted.
     Drop,
+    /// No change: repeats what the index has, for the day that it is lost.
+    Checkpoint(Checkpoint),
+}
+
+/// A row of a checkpoint, as the index had it when it covered the block `covered`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Checkpoint {
+    Row {
+        covered: u64,
+        key: Vec<u8>,
+        value: Vec<u8>,
+    },
+    Partition {
+        covered: u64,
+        row: PartitionRow,
+    },
+    /// All rows are there. The first was read at `covered`, which lies in a segment of this generation.
+    End {
+        covered: u64,
+        generation: u64,
+    },
 }
 
 impl RowChange {
@@ -60,6 +84,9 @@ impl RowChange {
             RowChange::Delete { key } => (key.len(), 0),
             RowChange::Trim(_) => (0, 12),
             RowChange::Drop => (0, 0),
+            RowChange::Checkpoint(Checkpoint::Row { key, value, .. }) => (key.len(), 8 + value.len()),
+            RowChange::Checkpoint(Checkpoint::Partition { .. }) => (0, 28),
+            RowChange::Checkpoint(Checkpoint::End { .. }) => (0, 16),
         }
     }
 
@@ -76,6 +103,9 @@ impl RowChange {
             RowChange::Delete { .. } => OP_DELETE,
             RowChange::Trim(_) => OP_TRIM,
             RowChange::Drop => OP_DROP,
+            RowChange::Checkpoint(Checkpoint::Row { .. }) => OP_SAVED_ROW,
+            RowChange::Checkpoint(Checkpoint::Partition { .. }) => OP_SAVED_PARTITION,
+            RowChange::Checkpoint(Checkpoint::End { .. }) => OP_SAVED_END,
         };
         out.extend_from_slice(&[op, 0]);
         out.extend_from_slice(&(key_bytes as u16).to_le_bytes());
@@ -91,6 +121,21 @@ impl RowChange {
                 out.extend_from_slice(&trim.start_offset.to_le_bytes());
             }
             RowChange::Drop => {}
+            RowChange::Checkpoint(Checkpoint::Row { covered, key, value }) => {
+                out.extend_from_slice(key);
+                out.extend_from_slice(&covered.to_le_bytes());
+                out.extend_from_slice(value);
+            }
+            RowChange::Checkpoint(Checkpoint::Partition { covered, row }) => {
+                out.extend_from_slice(&covered.to_le_bytes());
+                out.extend_from_slice(&row.start_offset.to_le_bytes());
+                out.extend_from_slice(&row.end_offset.to_le_bytes());
+                out.extend_from_slice(&row.last_ledger.to_le_bytes());
+            }
+            RowChange::Checkpoint(Checkpoint::End { covered, generation }) => {
+                out.extend_from_slice(&covered.to_le_bytes());
+                out.extend_from_slice(&generation.to_le_bytes());
+            }
         }
         out.resize(self.encoded_bytes(), 0);
     }
@@ -114,6 +159,9 @@ impl RowChange {
                 })
             }
             OP_DROP => RowChange::Drop,
+            OP_SAVED_ROW | OP_SAVED_PARTITION | OP_SAVED_END => {
+                RowChange::Checkpoint(Checkpoint::decode(head[0], key, value)?)
+            }
             _ => return None,
         };
         let bytes_taken = change.encoded_bytes();
@@ -130,6 +178,25 @@ impl RowChange {
     }
 }
 
+impl Checkpoint {
+    fn decode(op: u8, key: &[u8], value: &[u8]) -> Option<Checkpoint> {
+        let (covered, value) = value.split_first_chunk::<8>()?;
+        let covered = u64::from_le_bytes(*covered);
+        if op == OP_SAVED_ROW {
+            return Some(Checkpoint::Row { covered, key: key.to_vec(), value: value.to_vec() });
+        }
+        let (first, value) = value.split_first_chunk::<8>()?;
+        let first = u64::from_le_bytes(*first);
+        if op == OP_SAVED_END {
+            return Some(Checkpoint::End { covered, generation: first });
+        }
+        let (end_offset, value) = value.split_first_chunk::<8>()?;
+        let last_ledger = u32::from_le_bytes(*value.first_chunk::<4>()?);
+        let row = PartitionRow { start_offset: first, end_offset: u64::from_le_bytes(*end_offset), last_ledger };
+        Some(Checkpoint::Partition { covered, row })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -142,6 +209,12 @@ mod tests {
             RowChange::Delete { key: b"cursor/b".to_vec() },
             RowChange::Trim(Trim { partition, first_ledger: 3, start_offset: 1000 }),
             RowChange::Put { key: Vec::new(), value: Vec::new() },
+            RowChange::Checkpoint(Checkpoint::Row { covered: 9, key: b"cursor/a".to_vec(), value: vec![2; 33] }),
+            RowChange::Checkpoint(Checkpoint::Partition {
+                covered: 10,
+                row: PartitionRow { start_offset: 1, end_offset: 2, last_ledger: 3 },
+            }),
+            RowChange::Checkpoint(Checkpoint::End { covered: 9, generation: 4 }),
             RowChange::Drop,
         ];
         let mut body = Vec::new();

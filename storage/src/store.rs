@@ -15,6 +15,7 @@ use drava_runtime::local::{Broadcast, Notify, oneshot};
 use crate::backlog::Backlog;
 use crate::block::{self, EXTENT_HEADER_BYTES};
 use crate::cache::BlockCache;
+use crate::checkpoint::Checkpoints;
 use crate::compact::{CompactError, Compactor};
 use crate::damage::{Damage, Registry};
 use crate::flush::{Flushing, Indexing};
@@ -30,6 +31,11 @@ use crate::scrub::Scrub;
 use crate::segment;
 use crate::stage::{NewStaged, Staging};
 use crate::state::{KEY_BYTES_MAX, RowChange, StateBatch, VALUE_BYTES_MAX};
+
+/// On a full disk this part of a segment is left to rows of state.
+const ROWS_PART: u64 = 16;
+/// And this much to trims, deletions and the end of a checkpoint.
+const LAST_PAGES: u64 = 16;
 
 /// How a shard stores. Sizes in bytes.
 #[derive(Clone, Debug)]
@@ -324,6 +330,27 @@ pub struct Recovered {
     pub torn: Option<TornTail>,
     /// The index was lost or unusable and was made anew from the journal.
     pub index_rebuilt: bool,
+    /// What it was made of.
+    pub rebuilt: Option<Rebuilt>,
+}
+
+/// What a new index was made of.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rebuilt {
+    pub segments: u64,
+    /// As found; those that were deleted or moved are among them.
+    pub extents: u64,
+    pub partitions: u64,
+    pub state_rows: u64,
+    /// Messages that no segment has.
+    pub missing: Vec<LostRange>,
+}
+
+/// Messages that were acknowledged and cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LostRange {
+    pub partition: PartitionId,
+    pub offsets: Range<u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -331,6 +358,10 @@ pub struct DamagedRange {
     pub segment: u32,
     pub start_position: u64,
     pub end_position: u64,
+    /// Of this use of the segment.
+    pub generation: u64,
+    /// What it held, as far as that could be made out.
+    pub lost: Vec<LostRange>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -346,7 +377,7 @@ pub struct RecoveredPartition {
     pub end_offset: u64,
     /// Key and value of each row, by key.
     pub state: Vec<(Vec<u8>, Vec<u8>)>,
-    /// Batches after the position that `state` covers, in order.
+    /// Batches after the position that `state` covers, in order. After a rebuild some may come before it.
     pub replayed: Vec<ReplayedBatch>,
 }
 
@@ -358,6 +389,19 @@ pub struct ReplayedBatch {
     pub producer: u64,
     pub producer_epoch: u32,
     pub base_sequence: u64,
+}
+
+impl ReplayedBatch {
+    pub(crate) fn of(batch: &batch::Header) -> ReplayedBatch {
+        ReplayedBatch {
+            base_offset: batch.base_offset,
+            record_count: batch.record_count,
+            append_time_ms: batch.append_time_ms,
+            producer: batch.producer,
+            producer_epoch: batch.producer_epoch,
+            base_sequence: batch.base_sequence,
+        }
+    }
 }
 
 /// The figures of a store: counters since it was opened, and gauges, which say so.
@@ -444,6 +488,7 @@ pub(crate) struct Inner<I: Io, T: 'static> {
     pub(crate) unvouched: Notify,
     pub(crate) mark_wanted: Cell<bool>,
     pub(crate) foreign: Foreign<I>,
+    pub(crate) checkpoints: RefCell<Checkpoints>,
 }
 
 #[derive(Default)]
@@ -494,6 +539,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         inner.io.spawn(inner.clone().run_housekeeping());
         inner.io.spawn(inner.clone().run_compactor());
         inner.io.spawn(inner.clone().run_marker());
+        inner.io.spawn(inner.clone().run_checkpoints());
         inner.io.spawn(inner.journal.clone().run());
         inner.io.spawn(inner.clone().run_scrubber());
         inner.woken.notify();
@@ -541,9 +587,9 @@ impl<I: Io, T: 'static> Store<I, T> {
             return Err((AppendError::TooLarge { entry_bytes, limit_bytes }, token));
         }
         let mut staging = inner.staging.borrow_mut();
-        // Rows, which a full disk needs most, keep the last of the room.
+        // Rows and the next checkpoint, which a full disk needs most, keep the last of the room.
         let ahead_bytes = staging.bytes() + inner.in_flight_bytes.get() + entry_bytes;
-        if !inner.journal.has_room(ahead_bytes + inner.config.block_bytes_max as u64) {
+        if !inner.journal.has_room(ahead_bytes + inner.rows_room() + inner.config.block_bytes_max as u64) {
             return Err((AppendError::Full, token));
         }
         let body_bytes = padded(entry.bytes.len()) as u64;
@@ -589,7 +635,8 @@ impl<I: Io, T: 'static> Store<I, T> {
         };
         let mut partitions = inner.partitions.borrow_mut();
         let partition = &mut partitions.list[slot.0 as usize];
-        inner.check_rows(partition, change.encoded_bytes())?;
+        // The very last of the room is for what gives some back: trims, deletions and a checkpoint.
+        inner.check_rows(partition, change.encoded_bytes() as u64 + inner.checkpoint_room())?;
         let mut staging = inner.staging.borrow_mut();
         let group = staging.row(partition.partition, slot.0, change, &mut partition.state_chain);
         group.tokens.extend(token);
@@ -792,7 +839,7 @@ impl<I: Io, T: 'static> Store<I, T> {
             let mut partitions = inner.partitions.borrow_mut();
             let partitions = &mut *partitions;
             let partition = &mut partitions.list[slot.0 as usize];
-            inner.check_rows(partition, RowChange::Drop.encoded_bytes())?;
+            inner.check_rows(partition, RowChange::Drop.encoded_bytes() as u64)?;
             partition.deleted = true;
             partitions.by_id.remove(&partition.partition);
             let mut staging = inner.staging.borrow_mut();
@@ -907,17 +954,27 @@ impl<I: Io, T: 'static> Inner<I, T> {
         segment_bytes.min((block::BLOCK_BYTES_MAX - 2 * ALIGNMENT) as u64)
     }
 
-    fn check_rows(&self, partition: &ManagedLedger, bytes: usize) -> Result<(), AppendError> {
+    fn check_rows(&self, partition: &ManagedLedger, bytes: u64) -> Result<(), AppendError> {
         if partition.deleted {
             return Err(AppendError::Deleted);
         }
         if self.journal.is_failed() || self.stopped.get() {
             return Err(AppendError::ReadOnly);
         }
-        let ahead_bytes = self.staging.borrow().bytes() + self.in_flight_bytes.get() + bytes as u64;
+        let ahead_bytes = self.staging.borrow().bytes() + self.in_flight_bytes.get() + bytes;
         if !self.journal.has_room(ahead_bytes + 2 * ALIGNMENT as u64) {
             return Err(AppendError::Full);
         }
         Ok(())
+    }
+
+    /// What rows of state, trims and a checkpoint may still take when a full disk has no place for entries. A block of
+    /// rows is small and takes a whole page, so this is for hundreds of flushes.
+    fn rows_room(&self) -> u64 {
+        self.checkpoint_room() + self.config.segment_bytes / ROWS_PART
+    }
+
+    fn checkpoint_room(&self) -> u64 {
+        self.checkpoints.borrow().bytes + LAST_PAGES * ALIGNMENT as u64
     }
 }

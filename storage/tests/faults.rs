@@ -416,6 +416,27 @@ fn a_damaged_segment_header_does_not_lose_its_entries() {
 }
 
 #[test]
+fn a_lost_segment_header_does_not_lose_what_only_the_journal_has() {
+    use std::os::unix::fs::FileExt;
+    for zeroed in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        write_blocks(dir.path(), 3);
+        let (used, _) = items(dir.path(), is_block)[0].clone();
+        if zeroed {
+            let file = std::fs::OpenOptions::new().write(true).open(&used).unwrap();
+            file.write_all_at(&[0; 4096], 0).unwrap();
+        } else {
+            flip(&used, 9);
+        }
+        run(async {
+            let f = open(dir.path(), small(dir.path())).await;
+            assert_eq!(f.read_all(slot(&f, 1), 0).await, (vec![(0, 0), (1, 1), (2, 2)], vec![]));
+            f.store.close().await;
+        });
+    }
+}
+
+#[test]
 fn offsets_lost_to_damage_are_not_given_out_again() {
     let dir = tempfile::tempdir().unwrap();
     run(async {

@@ -12,16 +12,16 @@ use drava_protocol::message::{PartitionPlace, PartitionState, SubscriptionState,
 use drava_protocol::topic::TopicName;
 use drava_protocol::{ErrorCode, PartitionId, TopicId};
 use drava_raft::{Image, Topic};
-use drava_storage::{Damage, DamagedMessages, DamagedPlace, FoundBy};
 use drava_runtime::foreign::{ReplySender, reply};
 use drava_runtime::task::Stop;
 use drava_runtime::{Executor, ExecutorConfig, ExecutorHandle};
+use drava_storage::{Damage, DamagedMessages, DamagedPlace, FoundBy};
 use serde_json::{Value, json};
 
 use super::admin::Local;
 use super::problem::status;
 use super::{Admin, HttpConfig, HttpServer, openapi, routes};
-use crate::control::handle::Readiness;
+use crate::control::Readiness;
 use crate::control::request::Refused;
 use crate::shard::stats::ShardStats;
 

@@ -9,6 +9,7 @@
 mod compact;
 pub mod kv;
 pub mod model;
+mod rebuild;
 mod rocks;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,6 +19,7 @@ use std::path::PathBuf;
 use drava_protocol::{LedgerId, PartitionId};
 use drava_runtime::foreign::{Inbox, InboxSender, Reply, ReplySender, inbox, reply};
 
+pub(crate) use self::rebuild::{RebuildRows, SavedRows};
 pub use self::rocks::IndexDb;
 
 pub(crate) use self::compact::{ExtentKey, Move, MoveBatch};
@@ -39,6 +41,8 @@ const TABLE_SEGMENT: u8 = b'g';
 const TABLE_DAMAGE: u8 = b'd';
 const TABLE_SCRUB: u8 = b'r';
 const TABLE_FOREIGN: u8 = b'f';
+/// Beside the covered position.
+const KEY_CHECKPOINT: [u8; 2] = [TABLE_COVERED, b'c'];
 const VERSION: u8 = 1;
 
 #[derive(Debug, thiserror::Error)]
@@ -111,6 +115,7 @@ impl Index {
 
 /// Where an extent lies and what it holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(test, derive(Default))]
 pub(crate) struct ExtentRow {
     pub(crate) ledger: u32,
     pub(crate) first_offset: u64,
@@ -226,6 +231,10 @@ pub(crate) struct IndexBatch {
     pub(crate) damage: Vec<DamageRow>,
     /// How far the scrubber has come.
     pub(crate) scrub: Option<Vec<u8>>,
+    /// The segment in which the last whole checkpoint starts, by generation.
+    pub(crate) checkpoint: Option<u64>,
+    /// After a rebuild: all segments and what is live in them.
+    pub(crate) live: Vec<(SegmentId, SegmentRow)>,
 }
 
 /// Everything of a partition below these is deleted.
@@ -257,6 +266,8 @@ pub(crate) struct Loaded {
     pub(crate) scrub: Vec<u8>,
     /// Live bytes in segments of other stores.
     pub(crate) foreign: BTreeMap<ForeignSegment, u64>,
+    /// The segment in which the last whole checkpoint starts, by generation.
+    pub(crate) checkpoint: Option<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -289,6 +300,12 @@ enum Request {
         reply: ReplySender<Result<Scanned, IndexError>>,
     },
     Move(Box<MoveBatch>, ReplySender<Result<Moved, IndexError>>),
+    Rebuild(Box<RebuildRows>, ReplySender<Result<(), IndexError>>),
+    SavedRows {
+        from: Vec<u8>,
+        bytes_max: usize,
+        reply: ReplySender<Result<SavedRows, IndexError>>,
+    },
 }
 
 /// The shard's side of the index. The worker ends when this is dropped and its work is done.
@@ -342,8 +359,7 @@ impl IndexWorker {
 impl IndexThread {
     pub(crate) fn start(io: &impl Io, index: Index) -> Result<IndexThread, IndexError> {
         let (requests, inbox) = inbox();
-        let family =
-            Family { name: index.name, kv: index.kv, segments: BTreeMap::new(), foreign: BTreeMap::new() };
+        let family = Family { name: index.name, kv: index.kv, segments: BTreeMap::new(), foreign: BTreeMap::new() };
         let worker = IndexWorker { family, requests: inbox, stopped: None };
         io.start_index(worker).map_err(|error| IndexError::Thread(error.to_string()))?;
         Ok(IndexThread { requests })
@@ -422,6 +438,8 @@ impl Family {
             }
             Request::Scan { from, segments, reply } => reply.send(self.scan_extents(from, segments.as_deref())),
             Request::Move(batch, reply) => reply.send(self.move_extents(&batch)),
+            Request::Rebuild(rows, reply) => reply.send(self.rebuild(&rows)),
+            Request::SavedRows { from, bytes_max, reply } => reply.send(self.saved_rows(&from, bytes_max)),
         }
     }
 
@@ -447,6 +465,9 @@ impl Family {
         let mut loaded = Loaded::default();
         if let Some(value) = self.kv.get(&[TABLE_COVERED])? {
             loaded.covered = Some(Covered::decode(&value)?);
+        }
+        if let Some(value) = self.kv.get(&KEY_CHECKPOINT)? {
+            loaded.checkpoint = Some(le_u64(&mut &value[..])?);
         }
         loaded.scrub = self.kv.get(&[TABLE_SCRUB])?.unwrap_or_default();
         for table in [TABLE_PARTITION, TABLE_LEDGER, TABLE_STATE, TABLE_SEGMENT, TABLE_DAMAGE, TABLE_FOREIGN] {
@@ -518,6 +539,10 @@ impl Family {
                 batch.delete_range(from.to_vec(), to);
             }
         }
+        for &(segment, row) in &changes.live {
+            self.segments.insert(segment, row);
+            touched.used.push((segment, row.generation, row.kind));
+        }
         let rows = self.segment_rows(touched);
         rows.iter().for_each(|(segment, row)| batch.put(segment_key(*segment), row.encode()));
         for (number, value) in &changes.damage {
@@ -541,6 +566,9 @@ impl Family {
                 0 => batch.delete(foreign_key(segment)),
                 left => batch.put(foreign_key(segment), left.to_le_bytes()),
             }
+        }
+        if let Some(generation) = changes.checkpoint {
+            batch.put(KEY_CHECKPOINT, generation.to_le_bytes());
         }
         batch.put([TABLE_COVERED], changes.covered.encode());
         self.kv.write(batch)?;
