@@ -115,6 +115,9 @@ fn exit_codes_say_what_went_wrong() {
         ("produce nothing", 4, "no topic"),
         ("consume nothing", 4, "no topic"),
         ("consume orders --partition 2", 4, "no partition 2"),
+        ("consume orders --from offset:1", 10, "offset 1 is beyond the end of orders: the next message gets offset 0"),
+        ("consume orders --partition 2 --from offset:1", 4, "no partition 2"),
+        ("consume orders --from time:yesterday", 2, "time:-10m"),
         ("topic create white\tspace", 2, "characters"),
         ("produce orders --file /no/such/file", 1, "/no/such/file"),
         ("topic list --server 127.0.0.1:1", 3, "127.0.0.1:1"),
@@ -145,6 +148,9 @@ fn a_subscription_goes_on_where_it_ended() {
     assert_eq!(consume("--subscription s"), "");
     assert_eq!(consume("--subscription other --from offset:4"), "5\n");
     assert_eq!(consume("--count 1 --from offset:3"), "4\n");
+    assert_eq!(consume("--from offset:5"), "", "at the end, and not beyond it");
+    assert_eq!(consume("--from time:-1h"), "1\n2\n3\n4\n5\n");
+    assert_eq!(consume("--from time:2200-01-01T00:00:00Z"), "");
     assert_eq!(consume("--from latest"), "");
 }
 

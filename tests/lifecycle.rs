@@ -159,7 +159,7 @@ fn a_second_node_on_the_same_directory_is_refused() {
 }
 
 #[test]
-fn a_directory_of_another_format_node_or_shard_count_is_refused_and_left_as_it_is() {
+fn a_directory_of_another_format_or_node_is_refused_and_left_as_it_is() {
     let dir = tempfile::tempdir().unwrap();
     let options = NodeOptions::new(dir.path());
     let node = Node::start(&options);
@@ -170,16 +170,14 @@ fn a_directory_of_another_format_node_or_shard_count_is_refused_and_left_as_it_i
 
     let format = dir.path().join("format.json");
     let ours = std::fs::read_to_string(&format).unwrap();
-    let no_format = ours.replace("\"format\":1", "\"form\":1");
-    let other_format = ours.replace("\"format\":1", "\"format\":999");
+    let no_format = ours.replace("\"format\":2", "\"form\":1");
+    let other_format = ours.replace("\"format\":2", "\"format\":999");
     assert_ne!(other_format, ours);
     let cases: Vec<(&str, &str, NodeOptions, &[&str])> = vec![
         ("another format", &other_format, options.clone(), &["format 999"]),
         ("no format", &no_format, options.clone(), &["format.json"]),
         ("no JSON", "\u{1}\u{2}", options.clone(), &["format.json"]),
         ("another node", &ours, options.clone().with("DRAVA_NODE_ID", 2), &["node 1", "node 2"]),
-        ("more shards", &ours, NodeOptions { shards: 3, ..options.clone() }, &["2 shards", "3 are configured"]),
-        ("fewer shards", &ours, NodeOptions { shards: 1, ..options.clone() }, &["2 shards", "1 are configured"]),
     ];
     for (what, text, options, words) in cases {
         std::fs::write(&format, text).unwrap();

@@ -357,7 +357,8 @@ fn partition_of(id: u64) -> u32 {
 /// Producer, sequence, and bytes that follow from both.
 fn payload(id: u64, sequence: u64) -> Vec<u8> {
     let mut payload = [id.to_le_bytes(), sequence.to_le_bytes()].concat();
-    let mut state = id << 48 ^ sequence;
+    // No bit of either is lost: what follows tells both.
+    let mut state = id.rotate_left(48) ^ sequence;
     for _ in 0..sequence.wrapping_mul(37) % PAYLOAD_BYTES_MAX {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         payload.push((state >> 56) as u8);

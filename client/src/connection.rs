@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
-use drava_protocol::message::{self, Subscribe, Welcome};
+use drava_protocol::message::{self, Seek, Subscribe, Welcome};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -45,12 +45,22 @@ type Encode = Box<dyn FnOnce(&mut Session<Tag>, Tag, &mut Vec<u8>) -> Result<Cor
 
 enum Tag {
     Call(ReplySender),
-    Publish { lane: Arc<Lane>, batch: u64, attempt: u32 },
+    /// A call that moves a subscription: what its inbox holds when the answer comes is of the old place.
+    Seek {
+        inbox: Arc<Inbox>,
+        reply: ReplySender,
+    },
+    Publish {
+        lane: Arc<Lane>,
+        batch: u64,
+        attempt: u32,
+    },
     KeepAlive,
 }
 
 enum Command {
     Call { encode: Encode, reply: ReplySender },
+    Seek { seek: Seek, inbox: Arc<Inbox>, reply: ReplySender },
     Publish { lane: Arc<Lane>, partition: u64, transmit: Transmit },
     Attach { consumer: u32, inbox: Arc<Inbox> },
     Detach { consumer: u32 },
@@ -66,6 +76,8 @@ pub(crate) struct Inbox {
     pub arrived: Notify,
     /// The node complained about something on this connection: it may be about this consumer.
     doubted: AtomicBool,
+    /// Bytes of deliveries that were thrown away, and whose credit nobody has given back yet.
+    cleared_bytes: AtomicU32,
 }
 
 #[derive(Debug)]
@@ -89,6 +101,18 @@ impl Inbox {
     fn doubt(&self) {
         self.doubted.store(true, Ordering::Release);
         self.arrived.notify_one();
+    }
+
+    /// Throws away what has come so far.
+    fn clear(&self) {
+        let deliveries = std::mem::take(&mut *self.deliveries.lock().unwrap_or_else(PoisonError::into_inner));
+        let bytes = deliveries.iter().map(|delivery| delivery.payload.len() as u32).sum();
+        self.cleared_bytes.fetch_add(bytes, Ordering::AcqRel);
+    }
+
+    /// The bytes that were thrown away since this was last asked.
+    pub fn take_cleared_bytes(&self) -> u32 {
+        self.cleared_bytes.swap(0, Ordering::AcqRel)
     }
 
     fn push(&self, delivery: Delivery) {
@@ -234,10 +258,19 @@ impl Connection {
         self.command(Command::Publish { lane, partition, transmit }).await
     }
 
+    /// Moves the cursor of a consumer. When the answer is here, `inbox` holds deliveries of the new place alone.
+    pub async fn seek(&self, seek: Seek, inbox: Arc<Inbox>, timeout: Duration) -> Result<Reply, CallError> {
+        self.ask(|reply| Command::Seek { seek, inbox, reply }, timeout).await
+    }
+
     async fn exchange(&self, encode: Encode, timeout: Duration) -> Result<Reply, CallError> {
+        self.ask(|reply| Command::Call { encode, reply }, timeout).await
+    }
+
+    async fn ask(&self, command: impl FnOnce(ReplySender) -> Command, timeout: Duration) -> Result<Reply, CallError> {
         let (reply, answered) = oneshot::channel();
         let exchange = async {
-            self.command(Command::Call { encode, reply }).await?;
+            self.command(command(reply)).await?;
             answered.await.unwrap_or(Err(CallError::Disconnected))
         };
         tokio::time::timeout(timeout, exchange).await.unwrap_or(Err(CallError::TimedOut { after: timeout }))
@@ -345,6 +378,11 @@ impl Task {
                     tracing::debug!(%error, "a request was not sent");
                 }
             }
+            Command::Seek { seek, inbox, reply } => {
+                if let Err(error) = self.session.request(&seek, Tag::Seek { inbox, reply }, out) {
+                    tracing::debug!(%error, "a seek was not sent");
+                }
+            }
             Command::Publish { lane, partition, transmit } => {
                 let Transmit { batch, attempt, bytes } = transmit;
                 let tag = Tag::Publish { lane: lane.clone(), batch, attempt };
@@ -403,6 +441,16 @@ impl Task {
                 });
                 // Whoever asked may have stopped waiting.
                 drop(reply.send(answer));
+            }
+            Event::Answer { tag: Tag::Seek { inbox, reply }, answer, correlation: _, owner_port } => {
+                self.incoming.advance(consumed);
+                if answer.is_ok() {
+                    inbox.clear();
+                }
+                let answer = answer.map_err(CallError::Refused);
+                let reply_of = |answer| Reply { answer, payload: Bytes::new(), elsewhere: owner_port != 0 };
+                // Whoever asked may have stopped waiting.
+                drop(reply.send(answer.map(reply_of)));
             }
             Event::Deliver { consumer, next_offset, end_offset: _, payload } => {
                 let frame = self.incoming.split_to(consumed).freeze();

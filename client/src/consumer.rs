@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use drava_protocol::message::{Ack, Place, SUBSCRIPTION_NAME_BYTES_MAX, Subscribe};
+use drava_protocol::message::{Ack, Place, SUBSCRIPTION_NAME_BYTES_MAX, Seek, Subscribe};
 use drava_protocol::topic::TopicName;
 use drava_protocol::{ErrorCode, Retry};
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -109,10 +109,12 @@ impl ConsumerBuilder {
                 partition: place.partition,
                 position: 0,
                 pending: None,
+                seek: None,
+                seeks: 0,
                 shared: shared.clone(),
             };
             let attached = lane.attach_first().await?;
-            consumer.lanes.push(LaneDoor { index: place.index, shared, requests });
+            consumer.lanes.push(LaneDoor { index: place.index, shared, requests, seeks: 0 });
             tasks.push((lane, attached, asked));
         }
         for (lane, attached, asked) in tasks {
@@ -140,13 +142,28 @@ struct LaneDoor {
     index: u32,
     shared: Arc<Shared>,
     requests: mpsc::Sender<LaneRequest>,
+    /// Chunks from before this many seeks are of an old place.
+    seeks: u64,
 }
 
 enum LaneRequest {
+    /// Go on from another place; answered with its offset and the number of seeks with this one.
+    Seek(LaneSeek),
     /// Confirm all acks.
     Flush(oneshot::Sender<Result<(), SubscribeError>>),
     /// Confirm all acks and end.
     Close(oneshot::Sender<Result<(), SubscribeError>>),
+}
+
+struct LaneSeek {
+    place: Place,
+    done: oneshot::Sender<Result<Sought, SubscribeError>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Sought {
+    offset: u64,
+    seeks: u64,
 }
 
 /// What the application tells a lane without waiting.
@@ -171,6 +188,8 @@ struct Chunk {
     position: u64,
     payload: Bytes,
     incarnation: u64,
+    /// How often the lane had sought when it came.
+    seeks: u64,
 }
 
 struct Current {
@@ -203,7 +222,9 @@ impl Consumer {
                 }
             }
             let chunk = self.chunks.recv().await.ok_or(SubscribeError::Closed)??;
-            if self.lanes.iter().all(|lane| lane.index != chunk.partition) {
+            let Some(lane) = self.lanes.iter().find(|lane| lane.index == chunk.partition) else { continue };
+            if chunk.seeks < lane.seeks {
+                lane.shared.give_back(chunk.incarnation, chunk.payload.len() as u32);
                 continue;
             }
             self.current = Some(Current {
@@ -229,6 +250,24 @@ impl Consumer {
         {
             lane.shared.changed.notify_one();
         }
+    }
+
+    /// Moves the cursor of a partition to `place`, backwards too, and returns its offset there, which is within what is
+    /// kept. The next message of the partition is the first at that offset or after; acks of earlier messages count no
+    /// more. Where the cursor is after an error, or when the returned future is dropped, is not known: seek again.
+    ///
+    /// A lost connection is waited for. Errors: `Closed` for a partition that is not consumed, or not any more.
+    pub async fn seek(&mut self, partition: u32, place: Place) -> Result<u64, SubscribeError> {
+        let lane = self.lanes.iter_mut().find(|lane| lane.index == partition).ok_or(SubscribeError::Closed)?;
+        let (done, heard) = oneshot::channel();
+        let seek = LaneSeek { place, done };
+        lane.requests.send(LaneRequest::Seek(seek)).await.map_err(|_| SubscribeError::Closed)?;
+        let sought = heard.await.unwrap_or(Err(SubscribeError::Closed))?;
+        lane.seeks = sought.seeks;
+        if self.current.as_ref().is_some_and(|current| current.partition == partition) {
+            self.give_back();
+        }
+        Ok(sought.offset)
     }
 
     /// Returns when all acks are durable.
@@ -300,6 +339,9 @@ struct Lane {
     position: u64,
     /// Waits for room in the channel. It counts in `position`, so it outlives its connection.
     pending: Option<Result<Chunk, SubscribeError>>,
+    /// Asked for and not answered yet. It outlives its connection, too.
+    seek: Option<LaneSeek>,
+    seeks: u64,
     shared: Arc<Shared>,
 }
 
@@ -451,6 +493,11 @@ impl Lane {
         confirm.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut quiet_periods = 0;
         loop {
+            if let Some(seek) = self.seek.take()
+                && let Err(error) = self.seek(attached, seek).await
+            {
+                return lost_or(error);
+            }
             if self.pending.is_none() {
                 self.pending = self.next_chunk(attached);
             }
@@ -473,6 +520,7 @@ impl Lane {
             }
             tokio::select! {
                 request = requests.recv() => match request {
+                    Some(LaneRequest::Seek(seek)) => self.seek = Some(seek),
                     Some(LaneRequest::Flush(done)) => {
                         match self.confirm(attached).await {
                             Ok(()) => drop(done.send(Ok(()))),
@@ -529,7 +577,7 @@ impl Lane {
             let position = std::mem::replace(&mut self.position, delivery.next_offset);
             let (partition, incarnation) = (self.index, attached.incarnation);
             return Some(match delivery.damaged_from {
-                None => Ok(Chunk { partition, position, payload: delivery.payload, incarnation }),
+                None => Ok(Chunk { partition, position, payload: delivery.payload, incarnation, seeks: self.seeks }),
                 Some(first_offset) => {
                     let offsets = first_offset.max(position)..delivery.next_offset;
                     Err(SubscribeError::Damaged { topic: self.topic.as_str().to_owned(), partition, offsets })
@@ -537,6 +585,40 @@ impl Lane {
             });
         }
         None
+    }
+
+    /// Moves the cursor, and forgets what came from the old place. An error that passes leaves the seek to the next
+    /// connection; another one is told to whoever asked, and ends the lane.
+    async fn seek(&mut self, attached: &mut Attached, seek: LaneSeek) -> Result<(), SubscribeError> {
+        if seek.done.is_closed() {
+            return Ok(());
+        }
+        let request = Seek { consumer: attached.consumer, place: seek.place };
+        let timeout = self.inner.options.request_timeout;
+        let reply = match attached.connection.seek(request, attached.inbox.clone(), timeout).await {
+            Ok(reply) => reply,
+            Err(error) => {
+                let error = subscribe_error(error);
+                if error.retry() == Retry::No {
+                    drop(seek.done.send(Err(error)));
+                    return Err(SubscribeError::Closed);
+                }
+                self.seek = Some(seek);
+                return Err(error);
+            }
+        };
+        let Answer::Located { offset, .. } = reply.answer else {
+            unreachable!("the session checked the kind");
+        };
+        let pending_bytes = self.pending.take().and_then(Result::ok).map_or(0, |chunk| chunk.payload.len() as u32);
+        self.shared.give_back(attached.incarnation, pending_bytes + attached.inbox.take_cleared_bytes());
+        self.position = offset;
+        self.seeks += 1;
+        self.shared.acked.store(offset, Ordering::Release);
+        (attached.acked, attached.confirmed) = (offset, offset);
+        // Whoever asked may have stopped waiting.
+        drop(seek.done.send(Ok(Sought { offset, seeks: self.seeks })));
+        Ok(())
     }
 
     /// Makes the newest ack durable.
@@ -581,9 +663,11 @@ async fn reply(mut requests: mpsc::Receiver<LaneRequest>, error: SubscribeError)
 }
 
 fn respond(request: Option<LaneRequest>, error: SubscribeError) {
-    if let Some(LaneRequest::Flush(done) | LaneRequest::Close(done)) = request {
-        // Whoever asked may have stopped waiting.
-        drop(done.send(Err(error)));
+    // Whoever asked may have stopped waiting.
+    match request {
+        Some(LaneRequest::Flush(done) | LaneRequest::Close(done)) => drop(done.send(Err(error))),
+        Some(LaneRequest::Seek(seek)) => drop(seek.done.send(Err(error))),
+        None => {}
     }
 }
 

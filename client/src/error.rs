@@ -1,7 +1,7 @@
 //! What can go wrong, one enum an operation. Each tells the node's code where the node refused, and whether to try again.
 
-use std::ops::Range;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 

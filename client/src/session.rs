@@ -112,13 +112,35 @@ pub enum Answer {
     Topic(Box<message::Topic>),
     Topics(message::Topics),
     PartitionState(Box<message::PartitionState>),
-    ProducerOpened { epoch: u32, next_sequence: u64 },
-    Published { base_offset: u64, duplicate: bool },
-    Fetched { next_offset: u64, start_offset: u64, end_offset: u64, payload: Range<usize> },
-    Located { offset: u64, start_offset: u64, end_offset: u64 },
+    ProducerOpened {
+        epoch: u32,
+        next_sequence: u64,
+    },
+    Published {
+        base_offset: u64,
+        duplicate: bool,
+    },
+    Fetched {
+        next_offset: u64,
+        start_offset: u64,
+        end_offset: u64,
+        payload: Range<usize>,
+    },
+    Located {
+        offset: u64,
+        start_offset: u64,
+        end_offset: u64,
+    },
     /// To a fetch: these messages are damaged on disk.
-    Damaged { first_offset: u64, next_offset: u64 },
-    Subscribed { offset: u64, start_offset: u64, end_offset: u64 },
+    Damaged {
+        first_offset: u64,
+        next_offset: u64,
+    },
+    Subscribed {
+        offset: u64,
+        start_offset: u64,
+        end_offset: u64,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,22 +1,34 @@
 //! Executors, and the ticker that keeps them from stalling.
 //!
-//! glommio can park an executor that still has a runnable task queue: with nothing else to wake it, it would sleep on.
-//! Two guards bound that: a preempt timer of 10 ms (shorter ones make the lost park frequent), and a ticker, a task
-//! that wakes the executor every [`TICK`] while there is work and every [`TICK_IDLE`] while there is none.
+//! glommio arms a preempt timer, asks whether it has run out, and then runs tasks. When it ran out in between, no task
+//! runs, and the executor parks as if it had none: with nothing else to wake it, it would sleep on. Three guards:
+//!
+//! - A preempt timer of 10 ms. The thread has to be off its core for as long at just that point; with 0.1 ms the park is
+//!   lost every few seconds.
+//! - A ticker, a task that wakes the executor every [`TICK`] while there is work and every [`TICK_IDLE`] while there is
+//!   none.
+//! - Spare timers. When the park is lost again before the ticker has run, nothing has set its next timer; so it sets a few
+//!   more each time.
 
+use std::array;
 use std::cell::Cell;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
+use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use glommio::{LocalExecutorBuilder, Placement};
 
 use crate::task::Guarded;
+use crate::time::Timer;
 
 /// The ticker's period while the executor has worked within the last second.
 pub const TICK: Duration = Duration::from_millis(5);
 /// The ticker's period on an idle executor: bounds a stall and costs next to nothing.
 pub const TICK_IDLE: Duration = Duration::from_millis(50);
+/// As often in a row the park may be lost. Each is due after twice the time of the one before it, so that they are not
+/// all over at once when the thread was kept off its core.
+const SPARES: usize = 7;
 const IDLE_AFTER: Duration = Duration::from_secs(1);
 /// A tick that comes this much after its time is counted as late.
 const LATE_AFTER: Duration = TICK;
@@ -157,9 +169,23 @@ async fn tick() {
             active_at = before;
         }
         let period = if before.duration_since(active_at) < IDLE_AFTER { TICK } else { TICK_IDLE };
-        crate::time::sleep(period).await;
+        wake_after(period).await;
         STATS.set(STATS.get().after_tick(before.elapsed().saturating_sub(period)));
     }
+}
+
+/// Waits for `period`, with spare timers behind the one that counts.
+async fn wake_after(period: Duration) {
+    let mut timers: [Timer; 1 + SPARES] = array::from_fn(|index| Timer::new(period * (1 << index)));
+    poll_fn(|cx| {
+        let [first, spares @ ..] = &mut timers;
+        for spare in spares {
+            // Only so that it is registered.
+            let _ = Pin::new(spare).poll(cx);
+        }
+        Pin::new(first).poll(cx)
+    })
+    .await
 }
 
 #[cfg(test)]

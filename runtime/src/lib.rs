@@ -6,7 +6,8 @@
 //! - [`local`] has the channels between tasks of one executor: no lock, no atomic.
 //! - [`foreign`] has the channels between an executor and ordinary threads.
 //! - [`memory`] tells the allocator to keep what is freed.
-//! - [`net`], [`mod@file`], [`time`] and [`mesh`] are glommio's own.
+//! - [`time`] has timers that do not starve other tasks.
+//! - [`net`], [`mod@file`] and [`mesh`] are glommio's own.
 
 pub mod chunk;
 pub mod executor;
@@ -14,6 +15,7 @@ pub mod foreign;
 pub mod local;
 pub mod memory;
 pub mod task;
+pub mod time;
 
 /// TCP on the executor. Pass IP addresses: names would be resolved with blocking DNS.
 pub mod net {
@@ -24,11 +26,6 @@ pub mod net {
 pub mod file {
     pub use glommio::allocate_dma_buffer;
     pub use glommio::io::{DmaBuffer, DmaFile, OpenOptions, ReadResult};
-}
-
-/// Timers of the executor.
-pub mod time {
-    pub use glommio::timer::{Timer, sleep};
 }
 
 /// Bounded single-producer single-consumer channels between executors.

@@ -92,12 +92,9 @@ fn excuse(oracle: &mut Oracle, block: &FoundBlock) {
 
 fn find_blocks(file: usize, state: &FileState, out: &mut Vec<FoundBlock>) {
     let bytes = state.read(0, state.len() as usize);
-    let mut position = PAGE_BYTES as usize;
-    while position < bytes.len() {
-        let Ok(header) = block::check(&bytes[position..]) else {
-            position += PAGE_BYTES as usize;
-            continue;
-        };
+    // Page by page: a header that strayed here may claim what follows, and nothing but batches says that it is wrong.
+    for position in (PAGE_BYTES as usize..bytes.len()).step_by(PAGE_BYTES as usize) {
+        let Ok(header) = block::check(&bytes[position..]) else { continue };
         let extents = block::extents(&header, &bytes[position..]).filter_map(Result::ok);
         out.push(FoundBlock {
             file,
@@ -108,6 +105,5 @@ fn find_blocks(file: usize, state: &FileState, out: &mut Vec<FoundBlock>) {
                 .map(|(extent, _)| (extent.ledger.partition, extent.base_offset..extent.next_offset()))
                 .collect(),
         });
-        position += header.block_bytes as usize;
     }
 }

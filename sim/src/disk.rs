@@ -283,3 +283,72 @@ impl Disk {
         self.durable_names.replace(names.clone());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk_with(random: &Random, data: &[u8]) -> (Disk, Rc<FileState>) {
+        let disk = Disk::new(random);
+        let file = disk.create(Path::new("d/f")).expect("it is new");
+        file.resize(16384);
+        disk.sync_dir(Path::new("d"));
+        let number = file.begin(0, data);
+        file.end(number, true);
+        (disk, file)
+    }
+
+    #[test]
+    fn what_returned_from_a_durable_write_survives_and_what_is_under_way_is_torn() {
+        let mut torn = 0;
+        for seed in 0..50 {
+            let random = Random::new(seed);
+            let (disk, file) = disk_with(&random, &[1; 8192]);
+            file.begin(8192, &[2; 8192]);
+            disk.lose_power(&random);
+            assert!(file.read(0, 8192).iter().all(|byte| *byte == 1));
+            let sectors: Vec<u8> = file.read(8192, 8192).chunks(disk.sector_bytes()).map(|sector| sector[0]).collect();
+            torn += usize::from(sectors.contains(&0) && sectors.contains(&2));
+        }
+        assert!((1..50).contains(&torn), "{torn} of 50 were torn");
+    }
+
+    #[test]
+    fn a_process_that_dies_leaves_what_only_a_sync_makes_durable() {
+        let lost = |synced: bool| {
+            (0..50).filter(|seed| {
+                let random = Random::new(*seed);
+                let (disk, file) = disk_with(&random, &[1; 4096]);
+                file.begin(0, &[2; 4096]);
+                disk.lose_process(&random);
+                let seen = file.read(0, 4096);
+                if synced {
+                    file.sync();
+                }
+                disk.lose_power(&random);
+                seen != file.read(0, 4096)
+            })
+        };
+        assert_eq!(lost(true).count(), 0);
+        assert!(0 < lost(false).count());
+    }
+
+    #[test]
+    fn a_name_is_certain_once_its_directory_was_synced() {
+        let there = |synced: bool| {
+            (0..50).filter(|seed| {
+                let random = Random::new(*seed);
+                let (disk, _) = disk_with(&random, &[1; 4096]);
+                disk.create(Path::new("d/g"));
+                if synced {
+                    disk.sync_dir(Path::new("d"));
+                }
+                disk.lose_power(&random);
+                assert!(disk.file(Path::new("d/f")).is_some());
+                disk.file(Path::new("d/g")).is_some()
+            })
+        };
+        assert_eq!(there(true).count(), 50);
+        assert!((1..50).contains(&there(false).count()));
+    }
+}

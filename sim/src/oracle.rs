@@ -66,6 +66,8 @@ pub struct Entry {
     pub header: batch::Header,
     pub bytes: Rc<Vec<u8>>,
     damaged: bool,
+    /// Its write failed: it may be there after a crash, until its offset is given out again.
+    failed: bool,
 }
 
 impl Entry {
@@ -119,17 +121,20 @@ impl Partition {
     /// The entry that a producer's batch became.
     pub fn find(&self, header: &batch::Header) -> Option<&Entry> {
         self.entries.iter().rev().find(|entry| {
-            entry.header.producer == header.producer && entry.header.base_sequence == header.base_sequence
+            !entry.failed
+                && entry.header.producer == header.producer
+                && entry.header.base_sequence == header.base_sequence
         })
     }
 
     /// Where retention may go to: nowhere without limits, and no further than the lowest cursor.
     fn start_max(&self) -> u64 {
         let limits = &self.limits;
-        if limits.retention_age.is_none() && limits.retention_bytes.is_none() && !limits.trim_consumed {
-            return 0;
-        }
-        self.floor.unwrap_or(u64::MAX).min(self.promised_end())
+        let kept = limits.retention_age.is_none() && limits.retention_bytes.is_none() && !limits.trim_consumed;
+        let start_max = if kept { 0 } else { self.floor.unwrap_or(u64::MAX).min(self.promised_end()) };
+        // Damage may take the first of what is kept.
+        let rest = self.entries.iter().filter(|entry| start_max <= entry.base_offset);
+        rest.take_while(|entry| entry.damaged).last().map_or(start_max, Entry::next_offset)
     }
 
     fn saw_start(&mut self, id: PartitionId, start: u64) {
@@ -172,9 +177,13 @@ impl Oracle {
         bytes: Rc<Vec<u8>>,
     ) -> Token {
         let partition = self.partitions.get_mut(&id).expect("a known partition");
+        let first = partition.entries.partition_point(|entry| entry.base_offset < base_offset);
+        for entry in partition.entries.drain(first..) {
+            assert!(entry.failed, "{id}: offset {base_offset} is given out; {} was before", entry.base_offset);
+        }
         let next = partition.next_offset();
         assert!(base_offset == next, "{id}: offset {base_offset} is given out; {next} is next");
-        partition.entries.push(Entry { base_offset, append_time_ms, header, bytes, damaged: false });
+        partition.entries.push(Entry { base_offset, append_time_ms, header, bytes, damaged: false, failed: false });
         self.token(Staged::Entry { partition: id, base_offset })
     }
 
@@ -222,7 +231,13 @@ impl Oracle {
     /// Whether it is on disk is not known.
     pub fn failed(&mut self, token: Token) {
         let staged = self.pending.remove(&token);
-        assert!(staged.is_some(), "token {token} failed after it was acknowledged, or was never staged");
+        let staged =
+            staged.unwrap_or_else(|| panic!("token {token} failed after it was acknowledged, or was never staged"));
+        if let Staged::Entry { partition, base_offset } = staged {
+            let partition = self.partitions.get_mut(&partition).expect("a known partition");
+            let entry = partition.entries.iter_mut().find(|entry| entry.base_offset == base_offset);
+            entry.expect("a pending entry is in the model").failed = true;
+        }
     }
 
     pub fn read(&mut self, id: PartitionId, asked: u64, runs: &[Run], next_offset: u64) {
@@ -331,6 +346,7 @@ impl Oracle {
             let span = found.map_or(0..0, |found| found.start_offset..found.end_offset);
             partition.check_span(id, &span);
             partition.entries.retain(|entry| entry.base_offset < span.end);
+            partition.entries.iter_mut().for_each(|entry| entry.failed = false);
             let end = partition.entries.last().map_or(span.end, Entry::next_offset);
             assert!(end == span.end, "{id} ends at {}, within the entry that ends at {end}", span.end);
             // What is served now was made durable.

@@ -84,6 +84,11 @@ fn store_config(random: &Random) -> StoreConfig {
         verify_reads: true,
         scrub_bytes_per_s: *random.pick(&[0, 64 << 10, 10 << 20]),
         scrub_interval: Duration::from_secs(*random.pick(&[1, 20])),
+        compaction_bytes_per_s: *random.pick(&[0, 256 << 10, 10 << 20]),
+        compaction_interval: Duration::from_millis(*random.pick(&[200, 3000])),
+        compaction_garbage_percent: *random.pick(&[10, 50]),
+        compaction_fragment_bytes: *random.pick(&[0, 4 << 10, 64 << 10]),
+        mark_after: *random.pick(&[None, Some(Duration::from_millis(50)), Some(Duration::from_secs(1))]),
         ..StoreConfig::default()
     }
 }
@@ -123,6 +128,8 @@ pub struct Run {
     damaged_sequences: RefCell<Vec<u64>>,
     builder: RefCell<Builder>,
     pub crashes: Cell<u64>,
+    /// The store is being closed: reads that are under way end with an error.
+    closing: Cell<bool>,
 }
 
 /// How a phase ended.
@@ -154,8 +161,7 @@ impl FlushSink<Token> for Sink {
 
     fn failed(&mut self, tokens: &mut Vec<Token>, error: &FlushError) {
         for token in tokens.drain(..) {
-            self.0.world.event(format_args!("failed {token}: {error}"));
-            self.0.oracle.borrow_mut().failed(token);
+            self.0.failed(token, error);
         }
     }
 
@@ -195,6 +201,7 @@ impl Run {
             damaged_sequences: RefCell::default(),
             builder: RefCell::new(Builder::new(8 << 20)),
             crashes: Cell::new(0),
+            closing: Cell::new(false),
             world,
         })
     }
@@ -236,6 +243,7 @@ impl Run {
             world.disk.lose_process(&world.random);
         }
         world.kv.crash(|pending| world.random.below(pending as u64 + 1) as usize);
+        self.closing.set(false);
         self.oracle.borrow_mut().crashed();
         self.sequenced.borrow_mut().clear();
         self.producers.borrow_mut().clear();
@@ -268,6 +276,18 @@ impl Run {
         }
         let Staged::Entry { partition, base_offset } = staged else { return };
         self.answered(partition, base_offset);
+    }
+
+    fn failed(&self, token: Token, error: &FlushError) {
+        self.world.event(format_args!("failed {token}: {error}"));
+        self.oracle.borrow_mut().failed(token);
+        if let Some((partition, slot, _)) = self.sequenced.borrow_mut().remove(&token) {
+            if let Some(producers) = self.producers.borrow_mut().get_mut(&partition) {
+                producers.failed(slot);
+            }
+            // All that was under way fails together, and is sent again.
+            self.clients.borrow_mut().get_mut(&partition).into_iter().flatten().for_each(|client| client.sent = 0);
+        }
     }
 
     /// The client of the entry hears that it is published.
@@ -425,6 +445,7 @@ async fn session(run: Rc<Run>) -> End {
             }
             95 => session.drain().await,
             96 => session.check_spans(),
+            97 => session.compact(),
             _ => {}
         }
         // A step may be the last of this process, and more often so when nothing can be written any more.
@@ -719,6 +740,14 @@ impl Session {
         }
     }
 
+    fn compact(&self) {
+        let (store, run) = (self.store.clone(), self.run.clone());
+        run.world.executor.clone().spawn(async move {
+            let compacted = store.compact().await;
+            run.world.event(format_args!("compacted: {compacted:?}"));
+        });
+    }
+
     fn check_spans(&self) {
         for (id, slot) in &*self.slots.borrow() {
             self.run.oracle.borrow_mut().check_span(*id, &self.store.span(*slot));
@@ -752,6 +781,7 @@ impl Session {
             assert!(self.store.is_read_only(), "a good store is not sealed: {error}");
             return false;
         }
+        self.run.closing.set(true);
         self.store.close().await;
         true
     }
@@ -791,7 +821,7 @@ impl Run {
             }
             Err(error) => {
                 self.world.event(format_args!("read {id} {offset}: {error}"));
-                let fails = self.character.read_faults || self.character.index_faults;
+                let fails = self.character.read_faults || self.character.index_faults || self.closing.get();
                 oracle.read_failed(id, offset, &error, fails)
             }
         }

@@ -111,13 +111,7 @@ impl Partition {
 }
 
 fn take_replayed(producers: &mut Producers, batch: &Replayed) {
-    producers.replay(
-        batch.producer,
-        batch.producer_epoch,
-        batch.base_sequence,
-        batch.record_count,
-        batch.base_offset,
-    );
+    producers.replay(batch.producer, batch.producer_epoch, batch.base_sequence, batch.record_count, batch.base_offset);
 }
 
 /// The sequence after the last message of a batch.

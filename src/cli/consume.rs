@@ -25,8 +25,9 @@ pub struct ConsumeCommand {
     topic: String,
     #[command(flatten)]
     server: ServerOptions,
-    /// Where to start: earliest, latest, offset:NUMBER or time:MILLISECONDS since 1970. With a subscription: where it
-    /// starts if it does not exist yet.
+    /// Where to start: earliest, latest, offset:NUMBER or time:WHEN, which is a date with time and zone
+    /// (time:2026-11-21T10:00:00Z), so long ago (time:-10m) or milliseconds since 1970. With a subscription: where it starts
+    /// if it does not exist yet.
     #[arg(long, default_value = "earliest", value_parser = quantity::place, value_name = "PLACE")]
     from: Place,
     /// Wait for new messages; else end where the topic ends now.
@@ -92,6 +93,7 @@ impl ConsumeCommand {
             builder = builder.partition(index);
         }
         if !self.follow {
+            self.check_end(client).await?;
             builder = builder.until_end();
         }
         let mut reader = builder.build().await?;
@@ -103,6 +105,24 @@ impl ConsumeCommand {
         // Also after an error: what came before it was asked for.
         let flushed = writer.flush();
         outcome.and(flushed).or_else(Stop::into_result).and(missing.into_result())
+    }
+
+    /// An offset that no partition has reached yet is a mistake, unless somebody waits for it.
+    async fn check_end(&self, client: &Client) -> Result<(), Failure> {
+        let Place::Offset(offset) = self.from else { return Ok(()) };
+        let states = client.describe(&self.topic).await?;
+        let chosen = (0u32..).zip(&states).filter(|(index, _)| self.partition.is_none_or(|chosen| chosen == *index));
+        match chosen.map(|(_, state)| state.end_offset).max() {
+            Some(end_offset) if end_offset < offset => Err(Failure::new(
+                Exit::BeyondEnd,
+                format!(
+                    "offset {offset} is beyond the end of {}: the next message gets offset {end_offset}; --follow waits",
+                    self.topic
+                ),
+            )),
+            // No partition: the reader says so.
+            Some(_) | None => Ok(()),
+        }
     }
 
     async fn subscribe(&self, client: &Client, name: &str, mut writer: Writer) -> Result<(), Failure> {

@@ -47,8 +47,10 @@ exits! {
     HostUnfit = 7,
     /// The disk is full or failed, or nothing could be read from it.
     Storage = 8,
-    /// Messages are damaged on disk; what can be read was read.
+    /// Something that was stored is damaged; what can be read was read.
     Damaged = 9,
+    /// The offset to start from lies beyond the end, and nothing waits for it.
+    BeyondEnd = 10,
     /// A bug stopped the node.
     Panic = 70,
 }

@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use drava_storage::dump;
 
 use super::Failure;
+use super::scrub::VerifyCommand;
 
 /// Look into the journal.
 #[derive(Debug, Args)]
@@ -22,11 +23,13 @@ enum Action {
         /// A segment, such as data/shard-000/00000000.segment.
         file: PathBuf,
     },
+    Verify(VerifyCommand),
 }
 
 impl LogCommand {
     pub fn run(self) -> Result<(), Failure> {
         match self.action {
+            Action::Verify(command) => command.run(),
             Action::Dump { file } => {
                 let failed = |error: io::Error| Failure::io(&file.display().to_string(), &error);
                 let mut out = BufWriter::new(io::stdout().lock());

@@ -15,6 +15,7 @@ mod options;
 mod output;
 mod produce;
 mod quantity;
+mod scrub;
 mod topic;
 
 use std::io::Write;
@@ -40,6 +41,7 @@ enum Command {
     Consume(consume::ConsumeCommand),
     Doctor(doctor::DoctorCommand),
     Log(log::LogCommand),
+    Scrub(scrub::ScrubCommand),
     Completions(completions::CompletionsCommand),
 }
 
@@ -54,6 +56,7 @@ pub fn main() -> ExitCode {
         Command::Consume(command) => command.run(),
         Command::Doctor(command) => command.run(),
         Command::Log(command) => command.run(),
+        Command::Scrub(command) => command.run(),
         Command::Completions(command) => command.run(&mut Cli::command()),
     };
     let exit = match outcome {
@@ -97,6 +100,8 @@ mod tests {
             "drava consume orders --from time:1700000000000 --subscription billing",
             "drava doctor --data-dir /var/lib/drava --output json",
             "drava log dump data/shard-000/segment-0",
+            "drava log verify data/shard-000 data/meta/log --output json --while-in-use",
+            "drava scrub --data-dir data --output json",
             "drava completions bash",
         ] {
             if let Err(error) = parse(line) {
@@ -120,6 +125,7 @@ mod tests {
             "drava topic create orders --partitions 0",
             "drava topic create orders --retention 7y",
             "drava completions cmd.exe",
+            "drava log verify",
         ] {
             let error = parse(line).expect_err(line);
             assert_eq!(error.exit_code(), i32::from(Exit::Usage.number()), "{line}");

@@ -1,6 +1,7 @@
 //! Amounts as people write them.
 
 use drava_client::{CachePolicy, Place};
+use jiff::Timestamp;
 
 use crate::config::option::{CACHE_EXPECTED, parse_bytes, parse_cache};
 
@@ -35,16 +36,33 @@ pub fn duration_ms(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "expected a time with its unit, such as 90s, 15m, 12h or 7d".to_owned())
 }
 
-/// `earliest`, `latest`, `offset:10`, `time:1700000000000`.
+/// `earliest`, `latest`, `offset:10`, `time:1700000000000`, `time:2026-11-21T10:00:00Z`, `time:-10m`.
 pub fn place(text: &str) -> Result<Place, String> {
-    let expected = || "expected earliest, latest, offset:NUMBER or time:MILLISECONDS (since 1970)".to_owned();
+    place_at(text, Timestamp::now())
+}
+
+fn place_at(text: &str, now: Timestamp) -> Result<Place, String> {
+    let expected = || "expected earliest, latest, offset:NUMBER or time:WHEN".to_owned();
     match text.split_once(':') {
         None if text == "earliest" => Ok(Place::Earliest),
         None if text == "latest" => Ok(Place::Latest),
         Some(("offset", offset)) => offset.parse().map(Place::Offset).map_err(|_| expected()),
-        Some(("time", time_ms)) => time_ms.parse().map(Place::Time).map_err(|_| expected()),
+        Some(("time", time)) => time_ms(time, now).map(Place::Time),
         None | Some(_) => Err(expected()),
     }
+}
+
+/// Milliseconds since 1970. Times before that are 1970.
+fn time_ms(text: &str, now: Timestamp) -> Result<u64, String> {
+    let since_1970 = |time: Timestamp| u64::try_from(time.as_millisecond()).unwrap_or(0);
+    if let Some(ago) = text.strip_prefix('-') {
+        return duration_ms(ago).map(|ago_ms| since_1970(now).saturating_sub(ago_ms));
+    }
+    text.parse().or_else(|_| text.parse().map(since_1970)).map_err(|_| {
+        "expected time:2026-11-21T10:00:00Z, with Z or an offset such as +02:00, time:-10m for ten minutes ago, or \
+         time:MILLISECONDS since 1970"
+            .to_owned()
+    })
 }
 
 /// Bytes with the escapes `\n`, `\r`, `\t`, `\0`, `\\` and `\xHH`. Not empty.
@@ -109,6 +127,27 @@ mod tests {
         assert_eq!(place("offset:0"), Ok(Place::Offset(0)));
         assert_eq!(place("time:12"), Ok(Place::Time(12)));
         for wrong in ["", "first", "offset:", "offset:-1", "earliest:", "time:now"] {
+            assert!(place(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn times_are_dates_or_so_long_ago_or_milliseconds() {
+        let now: Timestamp = "2026-11-21T12:00:00Z".parse().unwrap();
+        let place = |text| place_at(text, now);
+        let ten = Ok(Place::Time(1_795_255_200_000));
+        assert_eq!(place("time:2026-11-21T10:00:00Z"), ten);
+        assert_eq!(place("time:2026-11-21T12:00:00+02:00"), ten);
+        assert_eq!(place("time:2026-11-21t10:00:00.000z"), ten);
+        assert_eq!(place("time:1795255200000"), ten);
+        assert_eq!(place("time:-2h"), ten);
+        assert_eq!(place("time:-120m"), ten);
+        assert_eq!(place("time:-0"), Ok(Place::Time(1_795_262_400_000)));
+        assert_eq!(place("time:-99999d"), Ok(Place::Time(0)));
+        assert_eq!(place("time:1969-01-01T00:00:00Z"), Ok(Place::Time(0)));
+        for wrong in
+            ["time:", "time:-", "time:-10", "time:10m", "time:2026-11-21", "time:2026-11-21T10:00:00", "time:-1y"]
+        {
             assert!(place(wrong).is_err(), "{wrong}");
         }
     }

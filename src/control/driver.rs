@@ -15,7 +15,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use drava_protocol::message::{PartitionState, TopicPolicy};
+use drava_protocol::message::{PartitionPlace, PartitionState, TopicPolicy};
 use drava_protocol::topic::TopicName;
 use drava_protocol::{ErrorCode, NodeId, PartitionId};
 use drava_raft::{
@@ -28,7 +28,6 @@ use drava_runtime::task::Stop;
 use drava_storage::Damage;
 use futures_lite::future;
 
-use super::handle::{ControlHandle, Readiness};
 use super::request::{ControlRequest, Refused};
 use super::shards::{ShardLate, Shards, within};
 use crate::shard::command::ShardCommand;
@@ -103,13 +102,13 @@ pub enum ControlError {
 
 /// Runs the control core until it is told to drain. On the control executor.
 ///
-/// `serve` is given the door to the core, to run the admin by it until the stop; it is called when the node is ready.
+/// `serve` is given the core, to run the admin by it until the stop; it is called when the node is ready.
 /// An error means that the node has to stop: nothing that was acknowledged is lost by stopping at once.
 pub async fn run<S>(
     config: ControlConfig,
     disk: Rc<dyn MetaDisk>,
     ends: ControlEnds,
-    serve: impl FnOnce(ControlHandle, Stop) -> S,
+    serve: impl FnOnce(Rc<ControlCore>, Stop) -> S,
 ) -> Result<(), ControlError>
 where
     S: Future<Output = ()> + 'static,
@@ -123,7 +122,7 @@ where
         }
     };
     let stop = Stop::default();
-    let admin = drava_runtime::spawn(serve(ControlHandle::new(core.clone()), stop.clone()));
+    let admin = drava_runtime::spawn(serve(core.clone(), stop.clone()));
     let image = core.image();
     let started =
         ControlStarted { topics: image.topics.len(), partitions: image.partitions.len(), version: image.version };
@@ -144,7 +143,20 @@ where
     Ok(())
 }
 
-pub(super) struct ControlCore {
+/// Whether this node should be sent work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Readiness {
+    /// The metadata group has a leader: topics can be created and deleted.
+    pub leader: bool,
+    /// Shards that serve by the newest metadata image.
+    pub shards_serving: usize,
+    pub shards: usize,
+    /// The node is shutting down and takes no new work.
+    pub draining: bool,
+}
+
+/// The control core of a node, for the tasks of its executor: the HTTP admin above all.
+pub struct ControlCore {
     group: MetadataGroup,
     node: NodeId,
     shards: Rc<Shards>,
@@ -225,10 +237,14 @@ impl ControlCore {
         }
     }
 
+    /// The newest metadata.
     pub fn image(&self) -> Arc<Image> {
         self.group.image()
     }
 
+    /// Creates a topic and returns once every shard of this node serves it.
+    ///
+    /// With `exists_ok` a topic that exists already is answered as it is, whatever its policy.
     pub async fn create_topic(
         &self,
         name: TopicName,
@@ -258,6 +274,7 @@ impl ControlCore {
         Ok(topic)
     }
 
+    /// Deletes a topic and returns once every shard of this node has let go of it.
     pub async fn delete_topic(&self, name: TopicName) -> Result<(), Refused> {
         self.take_changes()?;
         let command = Command::DeleteTopic { name: name.clone(), expected: None };
@@ -276,20 +293,28 @@ impl ControlCore {
         Ok(())
     }
 
+    /// The figures of all shards, by shard; one that does not answer in time is left out.
     pub async fn shard_stats(&self) -> Vec<ShardStats> {
         self.shards.stats().await
     }
 
+    /// What of their stores cannot be read any more, by shard; one that does not answer in time is left out.
     pub async fn damage(&self) -> Vec<(u16, Vec<Damage>)> {
         self.shards.damage().await
     }
 
+    /// `None`: no such partition, it lives on another node, or its shard does not answer in time.
     pub async fn describe_partition(&self, partition: PartitionId) -> Option<PartitionState> {
         let owner = self.image().partitions.get(&partition).map(|partition| partition.owner)?;
         if owner.node != self.node {
             return None;
         }
         self.shards.describe(owner.shard, partition).await
+    }
+
+    /// Where a partition lives, as clients are told. `None`: no such partition.
+    pub fn place(&self, partition: PartitionId) -> Option<PartitionPlace> {
+        self.image().place(partition)
     }
 
     pub fn readiness(&self) -> Readiness {

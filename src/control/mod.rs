@@ -7,7 +7,6 @@
 //! - [`http`] is the admin.
 
 pub mod driver;
-pub mod handle;
 pub mod http;
 pub mod meta_disk;
 pub mod request;
@@ -15,6 +14,5 @@ mod shards;
 #[cfg(test)]
 mod tests;
 
-pub use driver::{ControlConfig, ControlEnds, ControlError, ControlStarted, run};
-pub use handle::{ControlHandle, Readiness};
+pub use driver::{ControlConfig, ControlCore, ControlEnds, ControlError, ControlStarted, Readiness, run};
 pub use request::{ControlRequest, Refused};

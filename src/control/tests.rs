@@ -14,7 +14,7 @@ use drava_runtime::foreign::{Inbox, InboxSender, inbox, reply};
 use drava_runtime::task::{Stop, TaskHandle};
 use drava_runtime::{Executor, ExecutorConfig};
 
-use super::{ControlConfig, ControlEnds, ControlError, ControlHandle, ControlRequest, ControlStarted, Refused, run};
+use super::{ControlConfig, ControlCore, ControlEnds, ControlError, ControlRequest, ControlStarted, Refused, run};
 use crate::shard::command::ShardCommand;
 use crate::shard::stats::ShardStats;
 
@@ -81,7 +81,9 @@ impl FakeShard {
                     *self.image.borrow_mut() = image;
                     done.send(());
                 }
+                ShardCommand::Damage { reply } => reply.send(Vec::new()),
                 ShardCommand::Stats { reply } => reply.send(ShardStats { shard: self.id, ..ShardStats::default() }),
+                ShardCommand::Damage { reply } => reply.send(Vec::new()),
                 ShardCommand::DescribePartition { partition, reply } => {
                     let owner = self.image.borrow().partitions.get(&partition).map(|partition| partition.owner);
                     let mine = owner == Some(Owner { node: NodeId(1), shard: ShardId(self.id) });
@@ -108,7 +110,7 @@ impl FakeShard {
 struct Node {
     shards: Vec<Rc<FakeShard>>,
     requests: InboxSender<ControlRequest>,
-    handle: ControlHandle,
+    core: Rc<ControlCore>,
     started: ControlStarted,
     running: TaskHandle<Result<(), ControlError>>,
 }
@@ -131,10 +133,10 @@ impl Node {
         let ends = ControlEnds { requests: inbox, shards: senders, ready };
         let serve = {
             let door = door.clone();
-            move |handle: ControlHandle, stop: Stop| async move {
-                *door.borrow_mut() = Some(handle);
+            move |core: Rc<ControlCore>, stop: Stop| async move {
+                *door.borrow_mut() = Some(core);
                 stop.stopped().await;
-                // The handle goes with the admin.
+                // The core goes with the admin.
                 *door.borrow_mut() = None;
             }
         };
@@ -146,8 +148,8 @@ impl Node {
                 while door.borrow().is_none() {
                     drava_runtime::yield_now().await;
                 }
-                let handle = door.borrow().clone().expect("it was there just now");
-                Ok(Node { shards, requests, handle, started, running })
+                let core = door.borrow().clone().expect("it was there just now");
+                Ok(Node { shards, requests, core, started, running })
             }
             Err(text) => Err((text, running.await.unwrap().unwrap_err())),
         }
@@ -168,7 +170,7 @@ fn every_shard_serves_a_topic_before_its_creator_hears_of_it() {
         let has = |topic: &str| node.shards.iter().all(|shard| shard.image.borrow().topics.contains_key(&name(topic)));
         for round in 0..20 {
             let topic = format!("t-{round}");
-            let created = node.handle.create_topic(name(&topic), policy(4), false).await.unwrap();
+            let created = node.core.create_topic(name(&topic), policy(4), false).await.unwrap();
             assert!(has(&topic));
             assert_eq!(created.partitions.len(), 4);
         }
@@ -199,7 +201,7 @@ fn topics_created_at_the_same_time_are_all_served() {
             let topic = answer.await.unwrap().unwrap();
             assert!(node.shards.iter().all(|shard| shard.image.borrow().topics.contains_key(&topic.name)));
         }
-        assert_eq!(node.handle.image().topics.len(), 40);
+        assert_eq!(node.core.image().topics.len(), 40);
         node.drain().await;
     });
 }
@@ -208,16 +210,16 @@ fn topics_created_at_the_same_time_are_all_served() {
 fn refusals_carry_their_codes() {
     on_executor(async {
         let node = Node::start(&MemoryDisk::default(), 1).await.unwrap();
-        let handle = &node.handle;
-        let first = handle.create_topic(name("a"), policy(1), false).await.unwrap();
+        let core = &node.core;
+        let first = core.create_topic(name("a"), policy(1), false).await.unwrap();
         let code = |refused: Result<Arc<_>, Refused>| refused.unwrap_err().code;
-        assert_eq!(code(handle.create_topic(name("a"), policy(1), false).await), ErrorCode::TopicExists);
-        assert_eq!(handle.create_topic(name("a"), policy(9), true).await, Ok(first));
-        assert_eq!(code(handle.create_topic(name("b"), policy(0), true).await), ErrorCode::InvalidArgument);
+        assert_eq!(code(core.create_topic(name("a"), policy(1), false).await), ErrorCode::TopicExists);
+        assert_eq!(core.create_topic(name("a"), policy(9), true).await, Ok(first));
+        assert_eq!(code(core.create_topic(name("b"), policy(0), true).await), ErrorCode::InvalidArgument);
         let replicated = TopicPolicy { replicas: 3, ..policy(1) };
-        let refused = handle.create_topic(name("b"), replicated, false).await.unwrap_err();
+        let refused = core.create_topic(name("b"), replicated, false).await.unwrap_err();
         assert_eq!(refused.text, "3 replicas were asked for, and 1 nodes are live");
-        assert_eq!(handle.delete_topic(name("b")).await.unwrap_err().code, ErrorCode::UnknownTopic);
+        assert_eq!(core.delete_topic(name("b")).await.unwrap_err().code, ErrorCode::UnknownTopic);
         node.drain().await;
     });
 }
@@ -226,15 +228,15 @@ fn refusals_carry_their_codes() {
 fn places_states_and_figures_come_from_the_owning_shards() {
     on_executor(async {
         let node = Node::start(&MemoryDisk::default(), 2).await.unwrap();
-        let topic = node.handle.create_topic(name("a"), policy(2), false).await.unwrap();
+        let topic = node.core.create_topic(name("a"), policy(2), false).await.unwrap();
         for (index, partition) in topic.partitions.iter().enumerate() {
-            let place = node.handle.place(*partition).unwrap();
+            let place = node.core.place(*partition).unwrap();
             assert_eq!((usize::from(place.shard), usize::from(place.port)), (index, 7401 + index));
-            assert_eq!(node.handle.describe_partition(*partition).await.unwrap().partition, partition.0);
+            assert_eq!(node.core.describe_partition(*partition).await.unwrap().partition, partition.0);
         }
-        assert_eq!(node.handle.place(PartitionId(99)), None);
-        assert_eq!(node.handle.describe_partition(PartitionId(99)).await, None);
-        let shards: Vec<u16> = node.handle.shard_stats().await.iter().map(|stats| stats.shard).collect();
+        assert_eq!(node.core.place(PartitionId(99)), None);
+        assert_eq!(node.core.describe_partition(PartitionId(99)).await, None);
+        let shards: Vec<u16> = node.core.shard_stats().await.iter().map(|stats| stats.shard).collect();
         assert_eq!(shards, [0, 1]);
         node.drain().await;
     });
@@ -245,15 +247,15 @@ fn a_stuck_shard_is_reported_and_serves_again_when_it_wakes() {
     on_executor(async {
         let node = Node::start(&MemoryDisk::default(), 2).await.unwrap();
         node.shards[1].stuck.set(true);
-        let refused = node.handle.create_topic(name("a"), policy(1), false).await.unwrap_err();
+        let refused = node.core.create_topic(name("a"), policy(1), false).await.unwrap_err();
         assert_eq!(refused.code, ErrorCode::Internal);
         assert!(refused.text.contains("shard 1 did not take the metadata"), "{}", refused.text);
-        assert_eq!(node.handle.readiness().shards_serving, 1);
-        assert_eq!(node.handle.shard_stats().await.len(), 1);
+        assert_eq!(node.core.readiness().shards_serving, 1);
+        assert_eq!(node.core.shard_stats().await.len(), 1);
 
         node.shards[1].stuck.set(false);
-        node.handle.create_topic(name("a"), policy(1), true).await.expect("it exists, and is served now");
-        let readiness = node.handle.readiness();
+        node.core.create_topic(name("a"), policy(1), true).await.expect("it exists, and is served now");
+        let readiness = node.core.readiness();
         assert_eq!((readiness.shards_serving, readiness.shards), (2, 2));
         assert!(readiness.leader && !readiness.draining);
         node.drain().await;
@@ -276,11 +278,11 @@ fn metadata_survives_a_restart_and_follows_the_number_of_shards() {
         let disk = MemoryDisk::default();
         let node = Node::start(&disk, 3).await.unwrap();
         assert_eq!(node.started, ControlStarted { topics: 0, partitions: 0, version: 1 });
-        let first = node.handle.create_topic(name("a"), policy(3), false).await.unwrap();
+        let first = node.core.create_topic(name("a"), policy(3), false).await.unwrap();
         node.drain().await;
 
         let node = Node::start(&disk, 2).await.unwrap();
-        let shard_of = |index: usize| node.handle.image().partitions[&first.partitions[index]].owner.shard.0;
+        let shard_of = |index: usize| node.core.image().partitions[&first.partitions[index]].owner.shard.0;
         assert_eq!([shard_of(0), shard_of(1), shard_of(2)], [0, 1, 0]);
         node.drain().await;
 
@@ -297,8 +299,8 @@ fn metadata_that_lost_its_end_starts_no_shard() {
     on_executor(async {
         let disk = MemoryDisk::default();
         let node = Node::start(&disk, 2).await.unwrap();
-        let topic = node.handle.create_topic(name("a"), policy(3), false).await.unwrap();
-        node.handle.delete_topic(name("a")).await.unwrap();
+        let topic = node.core.create_topic(name("a"), policy(3), false).await.unwrap();
+        node.core.delete_topic(name("a")).await.unwrap();
         node.drain().await;
         let highest = *topic.partitions.last().unwrap();
         let holding = |shard: &FakeShard| shard.highest_partition.set((shard.id == 1).then_some(highest));
@@ -324,11 +326,11 @@ fn a_drain_finishes_the_shards_and_refuses_changes() {
     on_executor(async {
         let disk = MemoryDisk::default();
         let node = Node::start(&disk, 2).await.unwrap();
-        let (handle, shards) = (node.handle.clone(), node.shards.clone());
+        let (core, shards) = (node.core.clone(), node.shards.clone());
         node.drain().await;
         assert!(shards.iter().all(|shard| shard.drained.get()));
-        assert!(handle.readiness().draining);
-        let refused = handle.create_topic(name("a"), policy(1), false).await.unwrap_err();
+        assert!(core.readiness().draining);
+        let refused = core.create_topic(name("a"), policy(1), false).await.unwrap_err();
         assert_eq!(refused.code, ErrorCode::ShuttingDown);
         Node::start(&disk, 2).await.unwrap().drain().await;
     });
@@ -340,7 +342,7 @@ fn a_failed_disk_ends_the_control_core() {
         let disk = MemoryDisk::default();
         let node = Node::start(&disk, 1).await.unwrap();
         disk.fail_after(0);
-        let refused = node.handle.create_topic(name("a"), policy(1), false).await.unwrap_err();
+        let refused = node.core.create_topic(name("a"), policy(1), false).await.unwrap_err();
         assert_eq!(refused.code, ErrorCode::Internal);
         let error = node.running.await.unwrap().unwrap_err();
         assert!(matches!(error, ControlError::Failed(_)), "{error}");

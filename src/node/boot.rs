@@ -210,7 +210,7 @@ async fn run_control(
         }
     });
     let ends = ControlEnds { requests, shards, ready };
-    control::run(config, Rc::new(disk), ends, move |handle, stop| http.serve(Rc::new(handle), stop))
+    control::run(config, Rc::new(disk), ends, move |core, stop| http.serve(core, stop))
         .await
         .map_err(|error| error.to_string())
 }

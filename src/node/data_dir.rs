@@ -226,6 +226,23 @@ pub fn is_made(dir: &Path) -> bool {
     dir.join(FORMAT_FILE).exists()
 }
 
+/// Keeps nodes from starting on the directory for as long as the file lives. `None`: no node was ever on it.
+pub fn hold(dir: &Path) -> Result<Option<File>, DataDirError> {
+    let path = dir.join(LOCK_FILE);
+    let mut file = match File::open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(DataDirError::Io { action: "open the lock", path, source }),
+    };
+    match file.try_lock_shared() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => {
+            Err(DataDirError::InUse { dir: dir.to_owned(), pid: read_pid(&mut file) })
+        }
+        Err(TryLockError::Error(source)) => Err(DataDirError::Io { action: "lock", path, source }),
+    }
+}
+
 /// What `ports.json` says, if there is one.
 pub fn read_ports(dir: &Path) -> Result<Option<Ports>, DataDirError> {
     let file = dir.join(PORTS_FILE);

@@ -224,7 +224,8 @@ mod tests {
                 // Nothing was ever written: the stores of before are gone at once.
                 assert_eq!(dir.draining().count(), 0);
                 let folders = std::fs::read_dir(dir.path()).unwrap();
-                let folders = folders.filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with("shard-"));
+                let folders =
+                    folders.filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with("shard-"));
                 assert_eq!(folders.count(), usize::from(next_shards), "after {steps} steps, with {next_shards}");
             }
         }

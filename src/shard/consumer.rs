@@ -197,7 +197,7 @@ impl Shard {
             if let Some(ended) = &mut ended {
                 ended.enter(cx);
             }
-            std::pin::Pin::new(&mut timer).poll(cx).map(drop)
+            std::pin::Pin::new(&mut timer).poll(cx)
         })
         .await
     }

@@ -75,13 +75,14 @@ pub struct Started {
 pub async fn run(config: ShardConfig, index: Index) {
     let started = config.started.clone();
     let id = config.id;
-    let (store, recovered) = match Store::open_with(GlommioIo::new(), config.store.clone(), index, derive_producers).await {
-        Ok(opened) => opened,
-        Err(error) => {
-            drop(started.send(Err(format!("shard {id}: {}", with_sources(&error)))));
-            return;
-        }
-    };
+    let (store, recovered) =
+        match Store::open_with(GlommioIo::new(), config.store.clone(), index, derive_producers).await {
+            Ok(opened) => opened,
+            Err(error) => {
+                drop(started.send(Err(format!("shard {id}: {}", with_sources(&error)))));
+                return;
+            }
+        };
     let found = Started {
         shard: id,
         partitions: recovered.partitions.len(),

@@ -41,8 +41,10 @@ use crate::store::Inner;
 
 /// Read or written at a time.
 const IO_BYTES_MAX: usize = 256 << 10;
-/// What compaction writes, unless a single extent is larger: as much as a reader of the backlog fetches at once.
-const BLOCK_BYTES_MAX: usize = 1 << 20;
+/// What compaction writes, unless a single extent is larger: as much as a reader of the backlog fetches at once, and
+/// little enough that the rest of a segment is not left empty for the sake of a block.
+const BLOCK_BYTES_MAX: u64 = 1 << 20;
+const SEGMENT_BLOCKS_MIN: u64 = 8;
 /// Old rows that one index batch replaces; bounds memory and how long the index is busy with it.
 const MOVED_ROWS_MAX: usize = 8192;
 /// Victims of one pass. Each partition's extents in all of them become contiguous.
@@ -209,13 +211,20 @@ impl<I: Io, T: 'static> Inner<I, T> {
         if !garbage.is_empty() {
             passes.insert(0, garbage);
         }
-        for victims in &passes {
+        let is_same = |id: &SegmentId| {
+            let chosen = candidates.iter().find(|segment| segment.id == *id);
+            chosen.is_some_and(|segment| self.journal.generation(*id) == Some(segment.generation))
+        };
+        for victims in &mut passes {
+            // While others were compacted these may have died and be used again.
+            victims.retain(is_same);
             Pass::new(self, victims).run().await?;
             self.compactor.count(|figures| {
                 let done = victims.iter().filter(|id| fragmented.iter().any(|segment| segment.id == **id)).count();
                 figures.fragmented_segments = figures.fragmented_segments.saturating_sub(done as u64);
             });
         }
+        self.compactor.count(|figures| figures.fragmented_segments = 0);
         Ok(!passes.is_empty())
     }
 
@@ -488,8 +497,14 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
             }
         };
         let body = &bytes[EXTENT_HEADER_BYTES..];
-        let taken = block::HEADER_BYTES + self.gathered.len() * EXTENT_HEADER_BYTES + self.bodies.len();
-        if !self.gathered.is_empty() && BLOCK_BYTES_MAX < taken + EXTENT_HEADER_BYTES + body.len() {
+        let segment_bytes = self.inner.config.segment_bytes;
+        if segment_bytes - segment::HEADER_BYTES < block_bytes(1, body.len()) {
+            // Segments were larger once.
+            self.leave(partition, row, Unfit::TooLarge).await;
+            return Ok(());
+        }
+        let block_bytes = block_bytes(self.gathered.len() + 1, self.bodies.len() + body.len());
+        if !self.gathered.is_empty() && BLOCK_BYTES_MAX.min(segment_bytes / SEGMENT_BLOCKS_MIN) < block_bytes {
             self.write_block().await?;
         }
         self.bodies.extend_from_slice(body);
@@ -528,9 +543,8 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
         if self.gathered.is_empty() {
             return Ok(());
         }
-        let body_bytes = block::HEADER_BYTES + self.gathered.len() * EXTENT_HEADER_BYTES + self.bodies.len();
-        let block_bytes = body_bytes.next_multiple_of(ALIGNMENT);
-        let full = self.output.as_ref().is_some_and(|output| output.bytes < output.position + block_bytes as u64);
+        let block_bytes = block_bytes(self.gathered.len(), self.bodies.len());
+        let full = self.output.as_ref().is_some_and(|output| output.bytes < output.position + block_bytes);
         if full {
             self.finish_output().await?;
         }
@@ -542,7 +556,7 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
         }
         let output = self.output.as_mut().expect("there is one now");
         let mut block = std::mem::take(&mut self.block);
-        block.resize(block_bytes, 0);
+        block.resize(block_bytes as usize, 0);
         let id = BlockId {
             shard: self.inner.config.shard,
             generation: output.generation,
@@ -585,10 +599,10 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
             self.inner.give_way(0).await?;
         }
         self.block = block;
-        output.position += block_bytes as u64;
+        output.position += block_bytes;
         output.next_sequence += 1;
         output.previous_crc = crc;
-        self.inner.compactor.count(|figures| figures.compacted_bytes += block_bytes as u64);
+        self.inner.compactor.count(|figures| figures.compacted_bytes += block_bytes);
         if MOVED_ROWS_MAX <= self.moved_rows {
             self.switch(Durable::Later).await?;
         }
@@ -677,6 +691,11 @@ fn small_reads(rows: &[(PartitionId, ExtentRow)]) -> usize {
     rows.iter().take_while(fits).count().max(1)
 }
 
+/// What a block takes on disk.
+fn block_bytes(extents: usize, bodies_bytes: usize) -> u64 {
+    (block::HEADER_BYTES + extents * EXTENT_HEADER_BYTES + bodies_bytes).next_multiple_of(ALIGNMENT) as u64
+}
+
 /// Why an extent cannot be moved.
 #[derive(Debug, thiserror::Error)]
 enum Unfit {
@@ -686,12 +705,14 @@ enum Unfit {
     Damaged(Vec<Range<u64>>),
     #[error("its messages are good, but their append times are not what was written")]
     AppendTimes,
+    #[error("it is larger than a segment of today")]
+    TooLarge,
 }
 
 /// Checks that the bytes are the extent of the row, every batch of it, as far as anything in it can tell.
 fn check(partition: PartitionId, row: &ExtentRow, bytes: &[u8]) -> Result<ExtentHeader, Unfit> {
     let header = block::extent_header(bytes).ok().filter(|header| row.describes(partition, header));
-    let header = header.ok_or_else(|| Unfit::Damaged(vec![row.first_offset..row.next_offset]))?;
+    let header = header.ok_or_else(|| Unfit::Damaged(std::iter::once(row.first_offset..row.next_offset).collect()))?;
     let mut latest_ms = 0;
     let mut count = 0;
     let mut bad = block::check_batches(&header, &bytes[EXTENT_HEADER_BYTES..], |batch: &batch::Header, _| {

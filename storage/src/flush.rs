@@ -288,6 +288,11 @@ impl<I: Io, T: 'static> Inner<I, T> {
             return false;
         }
         let mut block_bytes = pool::class_bytes(body_bytes);
+        self.make_room(staging.memory_bytes(), block_bytes as u64);
+        if 0 < in_flight && self.memory.is_over(staging.memory_bytes(), block_bytes as u64) {
+            // Large blocks go one at a time where there is no memory for more.
+            return false;
+        }
         let mut placement = self.journal.place(block_bytes as u64);
         if placement.is_none() && self.journal.has_room(block_bytes as u64) {
             // The next segment is being made ready.
@@ -299,7 +304,6 @@ impl<I: Io, T: 'static> Inner<I, T> {
             placement = self.journal.place(block_bytes as u64);
         }
         let Some(placement) = placement else { return false };
-        self.make_room(staging.memory_bytes(), block_bytes as u64);
         let mut group = staging.take_front().expect("it was looked at");
         drop(staging);
         self.in_flight_bytes.set(self.in_flight_bytes.get() + group.body_bytes as u64);
@@ -413,7 +417,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         for (segment, bytes) in applied.released {
             *indexing.released.entry(segment).or_default() += bytes;
         }
-        if applied.flushed {
+        if applied.flushed || cfg!(feature = "mutant-index-order") {
             indexing.flushed_at = self.io.now();
             indexing.unflushed = false;
             let released = std::mem::take(&mut indexing.released);
@@ -449,6 +453,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                 self.io.yield_if_needed().await;
             }
             self.backlog.expire(self.io.now());
+            self.make_room(self.staging.borrow().memory_bytes(), 0);
             self.tidy_damage();
             let mut indexing = self.indexing.borrow_mut();
             let flush_due = (indexing.unflushed || indexing.changed)

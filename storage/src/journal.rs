@@ -323,7 +323,11 @@ impl<I: Io, P: 'static> Journal<I, P> {
         self.writing.set(self.writing.get() + 1);
         let journal = self.clone();
         self.io.spawn(async move {
-            let result = file.write_at(buffer, placement.position).await.map_err(|error| FlushError::Write {
+            let mut result = file.write_at(buffer, placement.position).await;
+            if result.is_err() && cfg!(feature = "mutant-resume-after-failed-sync") {
+                result = file.sync().await;
+            }
+            let result = result.map_err(|error| FlushError::Write {
                 segment: placement.segment.0,
                 position: placement.position,
                 message: error.to_string(),
@@ -371,7 +375,10 @@ impl<I: Io, P: 'static> Journal<I, P> {
         if let Some(error) = state.failed.clone() {
             return state.in_flight.pop_front().map(|entry| Err((error, entry.completed.payload)));
         }
-        let result = state.in_flight.front_mut()?.result.take()?;
+        let result = match state.in_flight.front_mut()?.result.take() {
+            None if cfg!(feature = "mutant-early-ack") => Ok(()),
+            result => result?,
+        };
         let entry = state.in_flight.pop_front().expect("looked at above");
         match result {
             Ok(()) => {
@@ -741,6 +748,9 @@ impl<I: Io, P: 'static> Journal<I, P> {
                     tracing::warn!(shard = self.config.shard.0, error = %error, "no spare segment could be made");
                     self.io.sleep(RETRY).await;
                 }
+            } else if self.has_many_dead() {
+                // More than are kept once it is quiet, which nobody tells.
+                self.wanted_or(QUIET).await;
             } else {
                 self.wanted.notified().await;
             }
@@ -815,6 +825,12 @@ impl<I: Io, P: 'static> Journal<I, P> {
         let dead = state.segments.iter().flatten().filter(|segment| state.is_dead(segment)).count();
         let spare = state.segments.iter().flatten().filter(|segment| segment.role == Role::Spare).count();
         !state.full && dead + spare + usize::from(state.prepared.is_some()) < self.config.segments_spare
+    }
+
+    fn has_many_dead(&self) -> bool {
+        let state = self.state.borrow();
+        let dead = state.segments.iter().flatten().filter(|segment| state.is_dead(segment)).count();
+        self.config.segments_spare + DEAD_KEPT < dead
     }
 
     /// A dead segment that nobody will need soon, or that has not the size of today's.
@@ -894,7 +910,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
         let file = self.file(id).await?;
         let (generation, cuts, rolls) = {
             let mut state = self.state.borrow_mut();
-            state.generation += 1;
+            state.generation +=
+                if cfg!(feature = "mutant-reuse-generation") { u64::from(state.generation == 0) } else { 1 };
             // Cuts are about the chain, which compacted segments are no part of.
             let cuts = match kind {
                 SegmentKind::Journal => state.cuts_for(id, state.generation),
@@ -975,7 +992,9 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 return Err(error);
             }
         };
-        self.io.sync_dir(&config.dir).await?;
+        if !cfg!(feature = "mutant-no-dir-sync") {
+            self.io.sync_dir(&config.dir).await?;
+        }
         self.state.borrow_mut().segments[id.0 as usize] = Some(Segment {
             generation: 0,
             bytes: config.segment_bytes,

@@ -229,3 +229,64 @@ impl ManagedLedger {
         LedgerId { partition: self.partition, sequence }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn partition(cache_bytes: Option<u64>) -> ManagedLedger {
+        let limits = PartitionLimits { cache_bytes, ..PartitionLimits::default() };
+        let roll = RollPolicy::new(1 << 30, Duration::from_secs(3600), &limits);
+        let mut partition = ManagedLedger::new(PartitionId(1), PartitionRow::default(), Ledgers::default(), roll);
+        partition.limit(limits, roll);
+        partition
+    }
+
+    /// Extents of 100 bytes, one in each block; returns the blocks that were released.
+    fn extend(partition: &mut ManagedLedger, blocks: std::ops::Range<u64>) -> Vec<u64> {
+        let mut released = Vec::new();
+        for block in blocks {
+            partition.extend(ExtentRow {
+                ledger: 1,
+                first_offset: block,
+                next_offset: block + 1,
+                body_bytes: 100,
+                block_sequence: block,
+                ..ExtentRow::default()
+            });
+            partition.limit_cache(100, 0, |sequence| released.push(sequence));
+        }
+        released
+    }
+
+    #[test]
+    fn what_the_cache_has_not_is_not_remembered() {
+        for (cache_bytes, released, remembered) in [(None, 0, 1000), (Some(0), 0, 8), (Some(5000), 950, 50)] {
+            let mut partition = partition(cache_bytes);
+            assert_eq!(extend(&mut partition, 0..1000), (0..released).collect::<Vec<_>>());
+            partition.trim_tail(0, 499);
+            assert!(500 <= partition.tail.len(), "the index has not the others");
+            // The shard's cache goes back to block 0, for the sake of another partition.
+            partition.trim_tail(0, 999);
+            assert_eq!(partition.tail.len(), remembered, "with {cache_bytes:?}");
+        }
+    }
+
+    #[test]
+    fn memory_of_a_burst_is_given_back() {
+        let memory = Memory::new(u64::MAX);
+        let mut partition = partition(Some(0));
+        partition.count_memory(&memory);
+        let before = memory.figures(0, 0).bookkeeping;
+        extend(&mut partition, 0..10_000);
+        partition.count_memory(&memory);
+        let burst = memory.figures(0, 0).bookkeeping;
+        partition.trim_tail(0, 10_000);
+        partition.shrink();
+        partition.count_memory(&memory);
+        let after = memory.figures(0, 0).bookkeeping;
+        assert!(before + 4096 < burst && after < before + 4096, "{before}, then {burst}, then {after} bytes");
+    }
+}

@@ -49,6 +49,12 @@ pub(crate) async fn survey<I: Io>(
     known: &dyn Fn(SegmentId) -> Option<(u64, SegmentKind)>,
 ) -> Result<Vec<Option<Segment<I::File>>>, OpenError> {
     io.create_dir(dir).await.map_err(open_error(format!("make {}", dir.display())))?;
+    // A process that died may have made a name here and not made it durable; what is written under it now must not go
+    // with the name.
+    let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
+    for dir in [Some(dir), parent].into_iter().flatten() {
+        io.sync_dir(dir).await.map_err(open_error(format!("sync {}", dir.display())))?;
+    }
     let files = io.list(dir).await.map_err(open_error(format!("list {}", dir.display())))?;
     let mut found: Vec<(SegmentId, u64)> =
         files.iter().filter_map(|(path, bytes)| Some((segment::parse_name(path)?, *bytes))).collect();
@@ -344,7 +350,7 @@ pub(crate) async fn replay<I: Io>(
                 (false, true) => later.position + later.block_bytes,
                 (false, false) => later.position,
             };
-            let sequences = chain.sequence.unwrap_or(later.sequence)..later.sequence;
+            let sequences = chain.sequence.unwrap_or(1)..later.sequence;
             let mut places = vec![(at, position, end_position)];
             if jump && segment::HEADER_BYTES < later.position {
                 // What is missing may have been at the start of the other as well.
@@ -558,7 +564,10 @@ impl Chain {
         if self.crc.is_some_and(|crc| crc != header.id.previous_crc) {
             return Err(Misfit::Nothing);
         }
-        if block.damaged && self.crc.is_some() { Err(Misfit::Damaged) } else { Ok(()) }
+        // Only behind a bad block, where a later one has vouched for it, is a block taken with bad batches in it: anywhere
+        // else, and at the very start, it may be a torn tail.
+        let vouched = self.crc.is_none() && self.sequence.is_some();
+        if block.damaged && !vouched { Err(Misfit::Damaged) } else { Ok(()) }
     }
 
     /// As [`Chain::fits`], whatever is in the batches.
@@ -586,11 +595,14 @@ async fn find_later<I: Io>(
     chain: &Chain,
     reader: &mut Reader<I::File>,
 ) -> Result<Option<Later>, OpenError> {
-    let Some(expected) = chain.sequence else {
+    if cfg!(feature = "mutant-truncate-damage") {
         return Ok(None);
-    };
+    }
+    // Without an index, what is missing is at the very start.
+    let expected = chain.sequence.unwrap_or(1);
     let shard = reader.shard;
     let mut first = None;
+    let mut vouched = false;
     let mut block = Parsed::default();
     let mut other;
     for (index, &listed) in order.iter().enumerate().skip(at) {
@@ -613,7 +625,10 @@ async fn find_later<I: Io>(
                     continue;
                 }
             };
-            if first.is_none() && (position != bad_position || index != at || block.damaged) {
+            // A lower one behind a higher: the higher is a copy that a misdirected write left there.
+            let better = first.as_ref().is_none_or(|first: &Later| header.id.sequence < first.sequence);
+            let misplaced = index == at && position == bad_position && !block.damaged;
+            if better && !misplaced {
                 first = Some(Later {
                     at: index,
                     position,
@@ -622,13 +637,15 @@ async fn find_later<I: Io>(
                 });
             }
             // In a rebuild, segments before this one may have been used again: then nothing is missing here.
-            if expected <= header.id.durable_sequence {
+            vouched |= expected <= header.id.durable_sequence;
+            if vouched && !better {
                 return Ok(first);
             }
-            position += header.block_bytes as u64;
+            // What a block claims whose batches are bad may belong to another.
+            position += if block.damaged { ALIGNMENT as u64 } else { header.block_bytes as u64 };
         }
     }
-    Ok(None)
+    Ok(first.filter(|_| vouched))
 }
 
 /// A block taken apart.

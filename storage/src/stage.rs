@@ -76,6 +76,26 @@ impl<T> Group<T> {
         }
     }
 
+    /// Adds the entry or row `index`, which alone would be an extent with this header, to the extent of its chain, or begins
+    /// one. Returns what it follows there.
+    fn chain(&mut self, header: ExtentHeader, partition_index: u32, chain: &mut ChainPlace, index: u32) -> Option<u32> {
+        self.body_bytes += header.body_bytes as usize;
+        let known = chain.group == self.number;
+        let extent = self.extents.get_mut(chain.extent as usize);
+        if let Some(extent) = extent.filter(|extent| known && extent.header.ledger == header.ledger) {
+            let all = &mut extent.header;
+            all.body_bytes += header.body_bytes;
+            all.entry_count += header.entry_count;
+            all.record_count += header.record_count;
+            all.max_append_time_ms = all.max_append_time_ms.max(header.max_append_time_ms);
+            return Some(std::mem::replace(&mut extent.tail, index));
+        }
+        *chain = ChainPlace { group: self.number, extent: self.extents.len() as u32 };
+        self.body_bytes += block::EXTENT_HEADER_BYTES;
+        self.extents.push(StagedExtent { partition_index, header, head: index, tail: index, position: 0 });
+        None
+    }
+
     /// Writes header-less content of the block; remembers where each extent starts.
     pub(crate) fn write(&mut self, writer: &mut BlockWriter<'_>, row: &mut Vec<u8>) {
         for extent in &mut self.extents {
@@ -179,6 +199,17 @@ impl<T> Staging<T> {
 
     pub(crate) fn entry(&mut self, new: NewStaged, chain: &mut ChainPlace, token: T) {
         let body_bytes = padded(new.bytes.len());
+        let header = ExtentHeader {
+            kind: ExtentKind::Data,
+            body_bytes: body_bytes as u32,
+            ledger: new.ledger,
+            first_entry: new.entry,
+            entry_count: 1,
+            base_offset: new.base_offset,
+            record_count: new.record_count as u64,
+            max_append_time_ms: new.append_time_ms,
+            block_sequence: 0,
+        };
         let group = self.group_for(body_bytes);
         let before = group.body_bytes;
         let index = group.entries.len() as u32;
@@ -189,38 +220,11 @@ impl<T> Staging<T> {
             next: NONE,
         });
         group.tokens.push(token);
-        let known = chain.group == group.number;
-        let extent = group.extents.get_mut(chain.extent as usize).filter(|e| known && e.header.ledger == new.ledger);
-        if let Some(extent) = extent {
-            group.entries[extent.tail as usize].next = index;
-            extent.tail = index;
-            extent.header.body_bytes += body_bytes as u32;
-            extent.header.entry_count += 1;
-            extent.header.record_count += new.record_count as u64;
-            extent.header.max_append_time_ms = extent.header.max_append_time_ms.max(new.append_time_ms);
-        } else {
-            *chain = ChainPlace { group: group.number, extent: group.extents.len() as u32 };
-            group.extents.push(StagedExtent {
-                partition_index: new.partition_index,
-                header: ExtentHeader {
-                    kind: ExtentKind::Data,
-                    body_bytes: body_bytes as u32,
-                    ledger: new.ledger,
-                    first_entry: new.entry,
-                    entry_count: 1,
-                    base_offset: new.base_offset,
-                    record_count: new.record_count as u64,
-                    max_append_time_ms: new.append_time_ms,
-                    block_sequence: 0,
-                },
-                head: index,
-                tail: index,
-                position: 0,
-            });
-            group.body_bytes += block::EXTENT_HEADER_BYTES;
+        if let Some(last) = group.chain(header, new.partition_index, chain, index) {
+            group.entries[last as usize].next = index;
         }
-        group.body_bytes += body_bytes;
-        self.bytes += (group.body_bytes - before) as u64;
+        let added = group.body_bytes - before;
+        self.bytes += added as u64;
     }
 
     pub(crate) fn row(
@@ -231,39 +235,26 @@ impl<T> Staging<T> {
         chain: &mut ChainPlace,
     ) -> &mut Group<T> {
         let body_bytes = change.encoded_bytes();
+        let header = ExtentHeader {
+            kind: ExtentKind::State,
+            body_bytes: body_bytes as u32,
+            ledger: LedgerId { partition, sequence: 0 },
+            first_entry: 0,
+            entry_count: 1,
+            base_offset: 0,
+            record_count: 0,
+            max_append_time_ms: 0,
+            block_sequence: 0,
+        };
         let group = self.group_for(body_bytes);
         let before = group.body_bytes;
         let index = group.rows.len() as u32;
         group.rows.push(StagedRow { change, next: NONE });
-        let known = chain.group == group.number;
-        if let Some(extent) = group.extents.get_mut(chain.extent as usize).filter(|_| known) {
-            group.rows[extent.tail as usize].next = index;
-            extent.tail = index;
-            extent.header.body_bytes += body_bytes as u32;
-            extent.header.entry_count += 1;
-        } else {
-            *chain = ChainPlace { group: group.number, extent: group.extents.len() as u32 };
-            group.extents.push(StagedExtent {
-                partition_index,
-                header: ExtentHeader {
-                    kind: ExtentKind::State,
-                    body_bytes: body_bytes as u32,
-                    ledger: LedgerId { partition, sequence: 0 },
-                    first_entry: 0,
-                    entry_count: 1,
-                    base_offset: 0,
-                    record_count: 0,
-                    max_append_time_ms: 0,
-                    block_sequence: 0,
-                },
-                head: index,
-                tail: index,
-                position: 0,
-            });
-            group.body_bytes += block::EXTENT_HEADER_BYTES;
+        if let Some(last) = group.chain(header, partition_index, chain, index) {
+            group.rows[last as usize].next = index;
         }
-        group.body_bytes += body_bytes;
-        self.bytes += (group.body_bytes - before) as u64;
+        let added = group.body_bytes - before;
+        self.bytes += added as u64;
         self.groups.back_mut().expect("the group of this row")
     }
 }

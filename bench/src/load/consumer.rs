@@ -259,7 +259,11 @@ impl Consumer {
                         Event::Answer { answer: Err(refusal), .. } | Event::Refused(refusal) => {
                             return Err(DriverError::Refused(refusal).into());
                         }
-                        Event::Answer { .. } | Event::Welcome(_) | Event::Deliver { .. } | Event::Damaged { .. } | Event::Ignored => {}
+                        Event::Answer { .. }
+                        | Event::Welcome(_)
+                        | Event::Deliver { .. }
+                        | Event::Damaged { .. }
+                        | Event::Ignored => {}
                     }
                 }
             }

@@ -65,7 +65,8 @@ impl Suite {
             let pid = running.node.pid();
             let retention_bytes = super::RETENTION_BYTES * 2 / u64::from(topics);
             let all = LoadOptions { topics, retention_bytes, ..self.load(&running) };
-            let fill = |bytes: u64| LoadOptions { messages: Some(bytes / u64::from(super::MESSAGE_BYTES)), ..all.clone() };
+            let fill =
+                |bytes: u64| LoadOptions { messages: Some(bytes / u64::from(super::MESSAGE_BYTES)), ..all.clone() };
             self.drive(Kind::Produce, &fill(total / 4))?;
             let before = process_written_bytes(pid).map_err(RowError::Process)?;
             let outcome = self.drive(Kind::Produce, &fill(total))?;
@@ -96,7 +97,8 @@ impl Suite {
         let bytes = if self.quick { 64u64 << 20 } else { 2 << 30 };
         let mut running = self.start_with(1, &QUIET)?;
         let messages = Some(bytes / u64::from(super::MESSAGE_BYTES));
-        let fill = LoadOptions { topics, batch: 1, in_flight: 256, messages, retention_bytes: 0, ..self.load(&running) };
+        let fill =
+            LoadOptions { topics, batch: 1, in_flight: 256, messages, retention_bytes: 0, ..self.load(&running) };
         self.drive(Kind::Produce, &fill)?;
         let log = self.log_path();
         let mut rates = Vec::new();
@@ -204,7 +206,12 @@ impl Suite {
             unit: "µs",
             limit: Some(published_us(before, |latency| latency.p99_us)),
             target: Target::TimesLimit(1.5),
-            note: format!("{rate_msgs:.0} msg/s; p50 {} against {}; p99 {} before", p50(after), p50(before), p99(before)),
+            note: format!(
+                "{rate_msgs:.0} msg/s; p50 {} against {}; p99 {} before",
+                p50(after),
+                p50(before),
+                p99(before)
+            ),
             settings: settings(after),
         });
         Ok(())

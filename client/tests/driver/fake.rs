@@ -65,6 +65,8 @@ pub struct Producer {
 pub struct Subscription {
     pub cursor: u64,
     pub holder: Option<(u64, u32)>,
+    /// Deliveries go on from here.
+    sought: Option<u64>,
 }
 
 impl Partition {
@@ -468,6 +470,24 @@ impl Connection {
                     }
                 }
             }
+            Kind::Seek => {
+                let request: m::Seek = m::decode(body).unwrap();
+                let partition = self.credits.lock().unwrap().get(&request.consumer).map(|(_, partition, _)| *partition);
+                let end_offset = partition.map_or(0, |id| self.node.state().partitions[&id].end_offset);
+                let held = self.with_held(request.consumer, |subscription| {
+                    let offset = match request.place {
+                        Place::Earliest | Place::Time(_) => 0,
+                        Place::Latest => end_offset,
+                        Place::Offset(offset) => offset.min(end_offset),
+                    };
+                    (subscription.cursor, subscription.sought) = (offset, Some(offset));
+                    // Before anything is delivered from there.
+                    self.answer(frame, &m::Located { offset, start_offset: 0, end_offset });
+                });
+                if held.is_none() {
+                    self.refuse(frame, ErrorCode::UnknownSubscription);
+                }
+            }
             Kind::CloseConsumer => {
                 let request: m::CloseConsumer = m::decode(body).unwrap();
                 self.with_held(request.consumer, |subscription| subscription.holder = None);
@@ -552,10 +572,11 @@ impl Connection {
         let attached = self.node.with(|state| {
             let partition = state.partitions.get_mut(&request.partition).unwrap();
             let start = partition.locate(request.start);
-            let subscription = partition
-                .subscriptions
-                .entry(request.subscription.clone())
-                .or_insert(Subscription { cursor: start, holder: None });
+            let subscription = partition.subscriptions.entry(request.subscription.clone()).or_insert(Subscription {
+                cursor: start,
+                holder: None,
+                sought: None,
+            });
             if subscription.holder.is_some() && !request.take_over {
                 return None;
             }
@@ -585,9 +606,10 @@ impl Connection {
         loop {
             {
                 let mut state = self.node.state();
-                let Some(partition) = state.partitions.get(&request.partition) else { return };
-                if partition.subscriptions.get(&request.subscription).is_none_or(|found| found.holder != holder) {
-                    return;
+                let Some(partition) = state.partitions.get_mut(&request.partition) else { return };
+                match partition.subscriptions.get_mut(&request.subscription) {
+                    Some(found) if found.holder == holder => position = found.sought.take().unwrap_or(position),
+                    Some(_) | None => return,
                 }
                 let mut credits = self.credits.lock().unwrap();
                 let Some(credit) = credits.get_mut(&request.consumer) else { return };

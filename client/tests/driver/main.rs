@@ -323,6 +323,54 @@ async fn a_subscription_goes_on_where_its_last_consumer_acked() {
 }
 
 #[tokio::test]
+async fn a_consumer_seeks_back_and_forth_and_gets_nothing_of_the_old_place() {
+    let (node, client) = node_with_topic(1).await;
+    let producer = client.producer("orders").batch_count(4).build().await.unwrap();
+    publish(&producer, 0..1000).await;
+    // Fewer bytes than the partition has: seeking has to give back the credit of what it throws away.
+    let mut consumer = client.subscribe("orders", "s").window_bytes(2000).build().await.unwrap();
+    assert_eq!(take(&mut consumer, 100).await, texts(0..100));
+    for (place, offset) in
+        [(Place::Offset(10), 10), (Place::Offset(701), 701), (Place::Earliest, 0), (Place::Offset(2), 2)].repeat(5)
+    {
+        consumer.ack_below(0, 600);
+        assert_eq!(consumer.seek(0, place).await.unwrap(), offset);
+        assert_eq!(take(&mut consumer, 50).await, texts(offset..offset + 50));
+    }
+    assert_eq!(
+        node.with_partition(TOPIC, 0, |partition| partition.subscriptions["s"].cursor),
+        2,
+        "acks before are void"
+    );
+    let message = consumer.next().await.unwrap();
+    consumer.ack(&message);
+    consumer.flush().await.unwrap();
+    assert_eq!(node.with_partition(TOPIC, 0, |partition| partition.subscriptions["s"].cursor), 53);
+
+    assert_eq!(consumer.seek(0, Place::Latest).await.unwrap(), 1000);
+    publish(&producer, 1000..1010).await;
+    assert_eq!(take(&mut consumer, 10).await, texts(1000..1010));
+    assert!(matches!(consumer.seek(1, Place::Earliest).await, Err(SubscribeError::Closed)));
+}
+
+#[tokio::test]
+async fn a_seek_survives_a_lost_connection() {
+    let (node, client) = node_with_topic(1).await;
+    let producer = client.producer("orders").batch_count(4).build().await.unwrap();
+    publish(&producer, 0..100).await;
+    let mut consumer = client.subscribe("orders", "s").build().await.unwrap();
+    for offset in [40, 20, 60, 0, 80] {
+        let cut = {
+            let node = node.clone();
+            async move { node.cut_connections() }
+        };
+        let (sought, ()) = tokio::join!(consumer.seek(0, Place::Offset(offset)), cut);
+        assert_eq!(sought.unwrap(), offset);
+        assert_eq!(take(&mut consumer, 10).await, texts(offset..offset + 10));
+    }
+}
+
+#[tokio::test]
 async fn a_consumer_goes_on_through_lost_connections_and_moves_without_skipping() {
     let (node, client) = node_with_topic(1).await;
     let producer = client.producer("orders").batch_count(3).build().await.unwrap();

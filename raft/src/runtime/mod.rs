@@ -75,16 +75,6 @@ impl<T> Future for JoinHandle<T> {
     }
 }
 
-pub struct Sleep(Timer);
-
-impl Future for Sleep {
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        Pin::new(&mut self.0).poll(cx).map(|_| ())
-    }
-}
-
 #[derive(Debug)]
 pub struct Elapsed;
 
@@ -125,7 +115,7 @@ fn until(deadline: Instant) -> Duration {
 impl AsyncRuntime for LocalRuntime {
     type JoinError = JoinError;
     type JoinHandle<T: 'static> = JoinHandle<T>;
-    type Sleep = Sleep;
+    type Sleep = Timer;
     type Instant = Instant;
     type TimeoutError = Elapsed;
     type Timeout<R, T: Future<Output = R>> = Timeout<T>;
@@ -144,12 +134,12 @@ impl AsyncRuntime for LocalRuntime {
         JoinHandle(drava_runtime::spawn_caught(future))
     }
 
-    fn sleep(duration: Duration) -> Sleep {
-        Sleep(Timer::new(duration))
+    fn sleep(duration: Duration) -> Timer {
+        Timer::new(duration)
     }
 
-    fn sleep_until(deadline: Instant) -> Sleep {
-        Sleep(Timer::new(until(deadline)))
+    fn sleep_until(deadline: Instant) -> Timer {
+        Timer::new(until(deadline))
     }
 
     fn timeout<R, F: Future<Output = R>>(duration: Duration, future: F) -> Timeout<F> {

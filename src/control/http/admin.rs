@@ -10,14 +10,13 @@ use drava_protocol::topic::TopicName;
 use drava_raft::{Image, Topic};
 use drava_storage::Damage;
 
-use crate::control::handle::{ControlHandle, Readiness};
-use crate::control::request::Refused;
+use crate::control::{ControlCore, Readiness, Refused};
 use crate::shard::stats::ShardStats;
 
 /// A future of the control core's executor.
 pub type Local<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
-/// The node as the HTTP admin sees it. [`ControlHandle`] is the one of a node; the tests have another.
+/// The node as the HTTP admin sees it. [`ControlCore`] is the one of a node; the tests have another.
 pub trait Admin: 'static {
     /// The newest metadata.
     fn image(&self) -> Arc<Image>;
@@ -40,7 +39,7 @@ pub trait Admin: 'static {
     fn place(&self, partition: PartitionId) -> Option<PartitionPlace>;
 }
 
-impl Admin for ControlHandle {
+impl Admin for ControlCore {
     fn image(&self) -> Arc<Image> {
         self.image()
     }

@@ -7,7 +7,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::routes::Shared;
-use crate::control::handle::Readiness;
+use crate::control::Readiness;
 
 /// The process lives and its control core runs.
 #[derive(Clone, Debug, Serialize, ToSchema)]

@@ -63,7 +63,7 @@ impl Future for Sleep {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        Pin::new(&mut *self.0).poll(cx).map(drop)
+        Pin::new(&mut *self.0).poll(cx)
     }
 }
 

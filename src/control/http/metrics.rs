@@ -9,6 +9,7 @@ use std::fmt;
 
 use axum::extract::State;
 use axum::http::{HeaderName, header};
+use drava_runtime::executor::TickerStats;
 use drava_storage::MemoryFigures;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder, text};
@@ -165,6 +166,8 @@ struct Scrape {
     http_connections_refused: u64,
     http_requests: u64,
     http_panics: u64,
+    /// Of the executor that the control core and the HTTP admin share.
+    ticker: TickerStats,
 }
 
 /// Metrics for Prometheus
@@ -188,6 +191,7 @@ pub async fn metrics(State(shared): State<Shared>) -> ([(HeaderName, &'static st
             http_connections_refused: shared.counters.connections_refused.get(),
             http_requests: shared.counters.requests.get(),
             http_panics: shared.counters.panics.get(),
+            ticker: drava_runtime::executor::ticker_stats(),
         };
         ([(header::CONTENT_TYPE, CONTENT_TYPE)], scrape.text())
     })
@@ -197,7 +201,7 @@ pub async fn metrics(State(shared): State<Shared>) -> ([(HeaderName, &'static st
 impl Scrape {
     /// The figures that the node has once: name, unit, kind, help, value.
     #[rustfmt::skip]
-    fn node_figures(&self) -> [(&'static str, Measure, Kind, &'static str, Option<Value>); 15] {
+    fn node_figures(&self) -> [(&'static str, Measure, Kind, &'static str, Option<Value>); 18] {
         use Kind::{Counter, Gauge};
         use Measure::{Bytes, Things};
         let process = &self.process;
@@ -210,6 +214,9 @@ impl Scrape {
             ("drava_http_connections_refused", Things, Counter, "Connections that the HTTP admin refused because there were too many.", Some(Count(self.http_connections_refused))),
             ("drava_http_requests", Things, Counter, "Requests to the HTTP admin.", Some(Count(self.http_requests))),
             ("drava_http_panics", Things, Counter, "Requests whose handler panicked: bugs.", Some(Count(self.http_panics))),
+            ("drava_control_ticker_ticks", Things, Counter, "Times the ticker of the control core's executor woke.", Some(Count(self.ticker.ticks))),
+            ("drava_control_ticker_late_ticks", Things, Counter, "Times it woke more than a period late: the executor was busy, starved or parked wrongly.", Some(Count(self.ticker.late))),
+            ("drava_control_ticker_latest", Measure::Seconds, Gauge, "The longest that it ever was late.", Some(Seconds(self.ticker.latest.as_secs_f64()))),
             ("drava_uptime", Measure::Seconds, Gauge, "Time since the node began to serve HTTP.", Some(Seconds(self.uptime_seconds))),
             ("process_cpu", Measure::Seconds, Counter, "User and system time of all threads.", Some(Seconds(process.cpu_seconds))),
             ("process_resident_memory", Bytes, Gauge, "Resident memory.", process.resident_bytes.map(Count)),
@@ -340,6 +347,7 @@ mod tests {
                 compaction_dropped_bytes: 1043,
                 fragmented_segments: 1044,
                 journal_rolls: 1045,
+                foreign_live_bytes: 1046,
             },
             read_only: true,
             receive_bytes: 1036,
@@ -357,7 +365,7 @@ mod tests {
             })
             .collect();
         values.sort_unstable();
-        let expected: Vec<u64> = [1].into_iter().chain(1001..=1045).collect();
+        let expected: Vec<u64> = [1].into_iter().chain(1001..=1046).collect();
         assert_eq!(values, expected);
     }
 
@@ -374,6 +382,7 @@ mod tests {
             http_connections_refused: 0,
             http_requests: 0,
             http_panics: 0,
+            ticker: TickerStats::default(),
         };
         let mut names: Vec<&str> = SHARD_FIGURES.iter().map(|figure| figure.name).collect();
         names.extend(node.node_figures().iter().map(|(name, ..)| *name));
@@ -408,6 +417,7 @@ mod tests {
             http_connections_refused: 0,
             http_requests: 4,
             http_panics: 0,
+            ticker: TickerStats { ticks: 5, late: 6, latest: Duration::from_secs(7) },
         };
         let scrape_memory = distinct().store.memory;
         let text = scrape.text();
@@ -417,6 +427,9 @@ mod tests {
         assert!(text.contains("drava_store_memory_bytes{shard=\"9\",part=\"pinned\"} 2004\n"), "{text}");
         let parts: u64 = MEMORY_PARTS.iter().map(|(_, value)| value(&scrape_memory)).sum();
         assert_eq!(parts, scrape_memory.total(), "every part is exported");
+        assert!(text.contains("drava_control_ticker_ticks_total 5\n"), "{text}");
+        assert!(text.contains("drava_control_ticker_late_ticks_total 6\n"), "{text}");
+        assert!(text.contains("drava_control_ticker_latest_seconds 7.0\n"), "{text}");
         assert!(!text.contains("shard=\"0\""), "{text}");
         assert!(!text.contains("process_open_fds"), "what could not be read is left out: {text}");
     }

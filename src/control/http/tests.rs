@@ -12,16 +12,16 @@ use drava_protocol::message::{PartitionPlace, PartitionState, SubscriptionState,
 use drava_protocol::topic::TopicName;
 use drava_protocol::{ErrorCode, PartitionId, TopicId};
 use drava_raft::{Image, Topic};
-use drava_storage::{Damage, DamagedMessages, DamagedPlace, FoundBy};
 use drava_runtime::foreign::{ReplySender, reply};
 use drava_runtime::task::Stop;
 use drava_runtime::{Executor, ExecutorConfig, ExecutorHandle};
+use drava_storage::{Damage, DamagedMessages, DamagedPlace, FoundBy};
 use serde_json::{Value, json};
 
 use super::admin::Local;
 use super::problem::status;
 use super::{Admin, HttpConfig, HttpServer, openapi, routes};
-use crate::control::handle::Readiness;
+use crate::control::Readiness;
 use crate::control::request::Refused;
 use crate::shard::stats::ShardStats;
 
@@ -637,6 +637,7 @@ fn metrics_are_open_metrics_with_a_shard_label() {
         "process_resident_memory_bytes ",
         "process_open_fds ",
         "process_cpu_seconds_total ",
+        "drava_control_ticker_ticks_total ",
         "drava_uptime_seconds ",
     ] {
         assert!(answer.body.lines().any(|got| got.starts_with(line)), "no `{line}` in\n{}", answer.body);

@@ -151,6 +151,7 @@ fn quiet_partitions_become_contiguous_and_stay_as_they_were() {
         let victims = sealed_journal(&f);
         assert!(8 <= victims.len(), "{victims:?}");
         let live = f.store.figures().live_bytes;
+        let moving = sealed(&f).iter().map(|segment| segment.live_bytes).sum::<u64>();
         assert!(f.store.compact().await.unwrap());
         assert_eq!(f.store.figures().live_bytes, live);
         assert!(sealed_journal(&f).is_empty(), "all of them were fragmented");
@@ -159,7 +160,7 @@ fn quiet_partitions_become_contiguous_and_stay_as_they_were() {
         load.check(&f).await;
         check_live_bytes(&f).await;
         let figures = f.store.figures();
-        assert!(live <= figures.compacted_bytes && figures.compacted_bytes <= live + live / 10, "{figures:?}");
+        assert!(moving <= figures.compacted_bytes && figures.compacted_bytes <= moving + moving / 20, "{figures:?}");
         assert_eq!((figures.compaction_dropped_bytes, figures.fragmented_segments), (0, 0));
         assert!(!f.store.compact().await.unwrap(), "what was brought together is left alone");
         // The old segments are used again.
@@ -227,10 +228,10 @@ fn a_crash_between_any_two_steps_loses_nothing() {
             check_live_bytes(&f).await;
             // Whatever is dead is written over.
             let mut more = Load::new(&f, 1000..1001, PartitionLimits::default());
-            more.rounds(&f, 400, 9 * PAYLOAD).await;
+            more.rounds(&f, 120, 30_000).await;
             cover(&f).await;
             f.store.compact().await.unwrap();
-            more.rounds(&f, 200, 9 * PAYLOAD).await;
+            more.rounds(&f, 60, 30_000).await;
             load.check(&f).await;
             more.check(&f).await;
             check_live_bytes(&f).await;
@@ -257,17 +258,17 @@ fn what_is_deleted_while_it_is_copied_stays_deleted() {
         let victims = sealed_journal(&f);
         let mut pass = Pass::new(&f.store.0, &victims);
         pass.copy().await.unwrap();
-        f.store.delete_partition(load.slots[&3]).await.unwrap();
-        load.content.remove(&3);
-        f.store.open_partition(PartitionId(5), roll);
-        until(|| 0 < f.store.span(load.slots[&5]).start_offset).await;
-        f.store.open_partition(PartitionId(5), PartitionLimits::default());
+        f.store.delete_partition(load.slots[&19]).await.unwrap();
+        load.content.remove(&19);
+        f.store.open_partition(PartitionId(18), roll);
+        until(|| 0 < f.store.span(load.slots[&18]).start_offset).await;
+        f.store.open_partition(PartitionId(18), PartitionLimits::default());
         cover(&f).await;
         pass.finish_output().await.unwrap();
         drop(pass);
         assert!(0 < f.store.figures().compaction_dropped_bytes);
         check_live_bytes(&f).await;
-        assert!(rows(&f).await.iter().all(|(id, _)| *id != PartitionId(3)), "its rows do not come back");
+        assert!(rows(&f).await.iter().all(|(id, _)| *id != PartitionId(19)), "its rows do not come back");
         load.check(&f).await;
         // And the other way round: moved first, deleted then.
         f.store.delete_partition(load.slots[&4]).await.unwrap();
@@ -278,7 +279,7 @@ fn what_is_deleted_while_it_is_copied_stays_deleted() {
         check_live_bytes(&f).await;
         load.check(&f).await;
         let ids: Vec<_> = f.recovered.partitions.iter().map(|p| p.partition.0).collect();
-        assert!(!ids.contains(&3) && !ids.contains(&4), "{ids:?}");
+        assert!(!ids.contains(&19) && !ids.contains(&4), "{ids:?}");
         f.store.close().await;
     });
 }
@@ -298,13 +299,14 @@ fn readers_never_notice() {
         let mut seen = Vec::new();
         common::check_runs(&runs, 0, &mut seen);
         let old: Vec<_> = rows(&f).await.into_iter().filter(|(id, _)| *id == PartitionId(7)).collect();
+        let (id, row) = old[0];
+        let generation = f.store.0.journal.generation(row.segment);
         assert!(f.store.compact().await.unwrap());
         let mut other = Load::new(&f, 900..901, PartitionLimits::default());
-        while f.store.figures().segments_recycled < 8 {
-            other.rounds(&f, 20, 9 * PAYLOAD).await;
+        while f.store.0.journal.generation(row.segment) == generation {
+            other.rounds(&f, 20, 50_000).await;
             cover(&f).await;
         }
-        let (id, row) = old[0];
         assert!(f.store.0.has_moved(id, row).await, "an old place that was written over is looked up again");
         while (next as usize) < load.content[&7].len() {
             runs.clear();
@@ -421,9 +423,9 @@ fn deleted_partitions_give_their_room_back() {
         cover(&f).await;
         assert_eq!(f.store.figures().live_bytes, 0);
         // The active one, the spares, and what is kept for the next burst.
-        until(|| f.store.figures().segments + f.store.figures().segments_spare <= 8).await;
+        until(|| f.store.figures().segments + f.store.figures().segments_spare <= 10).await;
         let files = common::segment_files(dir.path()).len();
-        assert!(files <= 8, "{files} files are left of {full}");
+        assert!(files <= 10, "{files} files are left of {full}");
         f.store.close().await;
     });
 }
@@ -432,7 +434,8 @@ fn deleted_partitions_give_their_room_back() {
 fn amplification(partitions: u64, payload_bytes: usize, total_bytes: u64, keep_bytes: u64) -> (f64, f64) {
     let dir = tempfile::tempdir().unwrap();
     run(async {
-        let (f, _) = open(dir.path()).await;
+        let config = StoreConfig { block_bytes_max: 256 << 10, ..config(dir.path()) };
+        let f = common::open_with(FaultyIo::new(), dir.path(), config).await;
         let limits = PartitionLimits { retention_bytes: Some(keep_bytes), ..PartitionLimits::default() };
         let mut load = Load::new(&f, 1..=partitions, limits);
         let mut compacted_at = 0;
@@ -441,10 +444,7 @@ fn amplification(partitions: u64, payload_bytes: usize, total_bytes: u64, keep_b
             // As often as the store itself would find as many segments.
             if compacted_at + (2 << 20) <= f.store.figures().flushed_bytes {
                 compacted_at = f.store.figures().flushed_bytes;
-                let trimming = |f: &Fixture<FaultyIo>| {
-                    (0..partitions as usize).for_each(|index| f.store.0.tidy(index, f.store.0.io.wall_clock_ms()))
-                };
-                trimming(&f);
+                (0..partitions as usize).for_each(|index| f.store.0.tidy(index, 2_000_000));
                 sleep(Duration::from_millis(1)).await;
                 cover(&f).await;
                 f.store.0.compact(false).await.unwrap();
@@ -462,13 +462,13 @@ fn amplification(partitions: u64, payload_bytes: usize, total_bytes: u64, keep_b
 
 #[test]
 fn one_topic_that_runs_into_retention_is_never_compacted() {
-    let (written, compacted) = amplification(1, 60_000, 60 << 20, 8 << 20);
+    let (written, compacted) = amplification(1, 250_000, 60 << 20, 8 << 20);
     assert!(written <= 1.1 && compacted == 0.0, "{written:.3} times written, {compacted:.3} of it compacted");
 }
 
 #[test]
 fn many_topics_that_run_into_retention_are_written_twice_at_most() {
-    let (written, compacted) = amplification(14, 4_200, 200 << 20, 8 << 20);
+    let (written, compacted) = amplification(14, 18_000, 160 << 20, 6 << 20);
     assert!(written <= 2.1 && 0.2 < compacted, "{written:.3} times written, {compacted:.3} of it compacted");
 }
 

@@ -115,6 +115,7 @@ impl Index {
 
 /// Where an extent lies and what it holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(test, derive(Default))]
 pub(crate) struct ExtentRow {
     pub(crate) ledger: u32,
     pub(crate) first_offset: u64,
@@ -797,9 +798,11 @@ impl ExtentRow {
 
     fn decode(first_offset: u64, mut value: &[u8]) -> Result<ExtentRow, IndexError> {
         let value = &mut value;
+        let next_offset = le_u64(value)?;
+        in_order(first_offset, next_offset)?;
         Ok(ExtentRow {
             first_offset,
-            next_offset: le_u64(value)?,
+            next_offset,
             ledger: le_u32(value)?,
             segment: SegmentId(le_u32(value)?),
             position: le_u64(value)?,
@@ -829,9 +832,11 @@ impl LedgerRow {
 
     fn decode(mut value: &[u8]) -> Result<LedgerRow, IndexError> {
         let value = &mut value;
+        let (first_offset, next_offset) = (le_u64(value)?, le_u64(value)?);
+        in_order(first_offset, next_offset)?;
         Ok(LedgerRow {
-            first_offset: le_u64(value)?,
-            next_offset: le_u64(value)?,
+            first_offset,
+            next_offset,
             bytes: le_u64(value)?,
             entries: le_u64(value)?,
             first_append_time_ms: le_u64(value)?,
@@ -851,7 +856,9 @@ impl PartitionRow {
 
     fn decode(mut value: &[u8]) -> Result<PartitionRow, IndexError> {
         let value = &mut value;
-        Ok(PartitionRow { start_offset: le_u64(value)?, end_offset: le_u64(value)?, last_ledger: le_u32(value)? })
+        let (start_offset, end_offset) = (le_u64(value)?, le_u64(value)?);
+        in_order(start_offset, end_offset)?;
+        Ok(PartitionRow { start_offset, end_offset, last_ledger: le_u32(value)? })
     }
 }
 
@@ -904,6 +911,10 @@ impl Covered {
         };
         Ok(Covered { end, sealed: sealed != 0 })
     }
+}
+
+fn in_order(start_offset: u64, end_offset: u64) -> Result<(), IndexError> {
+    if start_offset <= end_offset { Ok(()) } else { Err(IndexError::Row("its offsets end before they start")) }
 }
 
 fn take<const N: usize>(bytes: &mut &[u8]) -> Result<[u8; N], IndexError> {
