@@ -77,14 +77,23 @@ impl<I: Io, T: 'static> Inner<I, T> {
             let next = rows.next.clone();
             start.get_or_insert(rows.covered.end);
             let changes = changes(rows);
-            bytes += self.write_rows(changes, rolls, &mut last_index).await?;
+            if !changes.is_empty() {
+                bytes += self.write_rows(changes, rolls, &mut last_index).await?;
+            }
             from = match next {
                 Some(next) => next,
                 None => break,
             };
         }
-        // Without a partition there is nothing to repeat, and nothing that could be lost.
-        let (id, start) = (last_index?, start?);
+        let start = start?;
+        let Some(id) = last_index else {
+            // Without a partition there is nothing to repeat and nothing that could be lost: what is behind may go.
+            let mut indexing = self.indexing.borrow_mut();
+            indexing.batch.checkpoint = Some(start.generation);
+            indexing.changed = true;
+            self.journal.set_checkpoint(start.generation);
+            return Some(0);
+        };
         let covered = start.next_sequence.saturating_sub(1);
         let end = Checkpoint::End { covered, generation: start.generation };
         bytes += self.write_rows(vec![(id, RowChange::Checkpoint(end))], rolls, &mut last_index).await?;

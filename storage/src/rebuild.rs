@@ -38,7 +38,8 @@ pub(crate) struct Rebuild<'a, I: Io> {
     /// Deleted, or named by nobody any more.
     gone: BTreeSet<PartitionId>,
     rows: Box<RebuildRows>,
-    used: BTreeMap<SegmentId, (u64, SegmentKind)>,
+    /// Generation and kind.
+    segments: BTreeMap<SegmentId, (u64, SegmentKind)>,
     checkpoint: Option<u64>,
     rebuilt: Rebuilt,
     bytes: u64,
@@ -80,7 +81,7 @@ impl<'a, I: Io> Rebuild<'a, I> {
             partitions: BTreeMap::new(),
             gone: BTreeSet::new(),
             rows: Box::default(),
-            used: BTreeMap::new(),
+            segments: BTreeMap::new(),
             checkpoint: None,
             rebuilt: Rebuilt::default(),
             bytes: 0,
@@ -89,7 +90,7 @@ impl<'a, I: Io> Rebuild<'a, I> {
         }
     }
 
-    fn extent(&mut self, block: &Visited<'_>, extent: &VisitedExtent) {
+    fn extent(&mut self, block: &Visited<'_>, extent: &VisitedExtent, kind: SegmentKind) {
         let header = &extent.header;
         let row = ExtentRow {
             ledger: header.ledger.sequence,
@@ -106,6 +107,7 @@ impl<'a, I: Io> Rebuild<'a, I> {
             store: None,
         };
         self.rows.extents.push((header.ledger.partition, row));
+        self.segments.insert(block.segment, (block.header.id.generation, kind));
         self.rebuilt.extents += 1;
     }
 
@@ -113,10 +115,9 @@ impl<'a, I: Io> Rebuild<'a, I> {
     pub(crate) fn compacted(&mut self, block: &Visited<'_>) {
         for extent in block.extents.iter().filter(|extent| extent.header.kind == ExtentKind::Data) {
             if self.partitions.contains_key(&extent.header.ledger.partition) {
-                self.extent(block, extent);
+                self.extent(block, extent, SegmentKind::Compacted);
             }
         }
-        self.used.insert(block.segment, (block.header.id.generation, SegmentKind::Compacted));
         self.bytes += block.header.block_bytes as u64;
     }
 
@@ -215,8 +216,8 @@ impl<'a, I: Io> Rebuild<'a, I> {
             finished.batches.insert(id, found.batches.into_iter().map(|(_, batch)| batch).collect());
         }
         self.rebuilt.partitions = finished.partitions.list.len() as u64;
-        self.rebuilt.segments = self.used.len() as u64;
-        for (segment, (generation, kind)) in self.used {
+        self.rebuilt.segments = self.segments.len() as u64;
+        for (segment, (generation, kind)) in self.segments {
             let live_bytes = live.get(&segment).copied().unwrap_or(0);
             finished.index.live.push((segment, SegmentRow { generation, live_bytes, kind }));
             finished.live.push((segment, live_bytes));
@@ -307,7 +308,7 @@ impl<I: Io> Visitor for Rebuild<'_, I> {
             if self.gone.contains(&id) {
                 continue;
             }
-            self.extent(block, extent);
+            self.extent(block, extent, SegmentKind::Journal);
             let found = self.partitions.entry(id).or_default();
             found.seen = sequence;
             found.row.end_offset = found.row.end_offset.max(extent.header.next_offset());
@@ -319,7 +320,7 @@ impl<I: Io> Visitor for Rebuild<'_, I> {
             let id = extent.header.ledger.partition;
             RowChange::decode_all(id, extent.body(block.bytes), |change| self.change(id, sequence, change));
         }
-        self.used.insert(block.segment, (block.header.id.generation, SegmentKind::Journal));
+        self.segments.insert(block.segment, (block.header.id.generation, SegmentKind::Journal));
         self.bytes += block.header.block_bytes as u64;
     }
 
