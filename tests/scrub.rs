@@ -112,11 +112,8 @@ fn damage_is_found_offline_named_to_readers_and_listed() {
     assert_eq!(code(&drava(&["log", "verify", dir, "--while-in-use"]).output().unwrap()), 9);
     assert_eq!(node.http("GET", "/v1/damage", None).json()["total"], 0, "nobody has looked yet");
     let expected: BTreeSet<u64> = (0..LINES).filter(|offset| !lost.contains(offset)).collect();
-    let named = format!(
-        "the messages {} to {} of partition 0 of /public/default/orders are damaged",
-        lost.start,
-        lost.end - 1
-    );
+    let named =
+        format!("the messages {} to {} of partition 0 of /public/default/orders are damaged", lost.start, lost.end - 1);
     let read = client(&node, &["consume", "orders", "--format", "json"]);
     assert_eq!(code(&read), 9);
     assert!(stderr(&read).contains(&named), "{}", stderr(&read));
@@ -133,7 +130,11 @@ fn damage_is_found_offline_named_to_readers_and_listed() {
     assert_eq!(listed["total"], 1, "{listed}");
     let entry = &listed["damage"][0];
     assert_eq!(entry["messages"]["topic"], "/public/default/orders");
-    assert_eq!((&entry["messages"]["first_offset"], &entry["found_by"]), (&lost.start.into(), &"read".into()), "{entry}");
+    assert_eq!(
+        (&entry["messages"]["first_offset"], &entry["found_by"]),
+        (&lost.start.into(), &"read".into()),
+        "{entry}"
+    );
     let lost_messages = lost.end - lost.start;
     assert_eq!(node.metric("drava_store_damaged_ranges"), 1.0);
     assert_eq!(node.metric("drava_store_damaged_messages"), lost_messages as f64);

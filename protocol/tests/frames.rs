@@ -70,6 +70,7 @@ fn read(kind: Kind, body: &[u8]) -> bool {
         Kind::Published => walk::<Published>(body),
         Kind::Fetch => walk::<Fetch>(body),
         Kind::Fetched => walk::<Fetched>(body),
+        Kind::Damaged => walk::<Damaged>(body),
         Kind::Locate => walk::<Locate>(body),
         Kind::Located => walk::<Located>(body),
         Kind::Subscribe => walk::<Subscribe>(body),
@@ -197,6 +198,11 @@ fn specimen_of(kind: Kind) -> BoxedStrategy<Box<dyn Specimen>> {
         Kind::Ack => any::<(u32, u64)>().prop_map(|(consumer, offset)| boxed(Ack { consumer, offset })).boxed(),
         Kind::Seek => (any::<u32>(), place()).prop_map(|(consumer, place)| boxed(Seek { consumer, place })).boxed(),
         Kind::CloseConsumer => any::<u32>().prop_map(|consumer| boxed(CloseConsumer { consumer })).boxed(),
+        Kind::Damaged => any::<(u64, u32, u64, u64)>()
+            .prop_map(|(partition, consumer, first_offset, next_offset)| {
+                boxed(Damaged { partition, consumer, first_offset, next_offset })
+            })
+            .boxed(),
         Kind::DeleteSubscription => (any::<u64>(), text())
             .prop_map(|(partition, subscription)| boxed(DeleteSubscription { partition, subscription }))
             .boxed(),

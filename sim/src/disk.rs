@@ -316,7 +316,7 @@ mod tests {
     #[test]
     fn a_process_that_dies_leaves_what_only_a_sync_makes_durable() {
         let lost = |synced: bool| {
-            (0..50).filter(|seed| {
+            (0..50).filter(move |seed| {
                 let random = Random::new(*seed);
                 let (disk, file) = disk_with(&random, &[1; 4096]);
                 file.begin(0, &[2; 4096]);
@@ -336,7 +336,7 @@ mod tests {
     #[test]
     fn a_name_is_certain_once_its_directory_was_synced() {
         let there = |synced: bool| {
-            (0..50).filter(|seed| {
+            (0..50).filter(move |seed| {
                 let random = Random::new(*seed);
                 let (disk, _) = disk_with(&random, &[1; 4096]);
                 disk.create(Path::new("d/g"));

@@ -735,7 +735,8 @@ impl Session {
         for (id, slot) in &*self.slots.borrow() {
             let partition = oracle.partitions.get_mut(id).expect("a known partition");
             let floor = partition.cursors.values().map(|cursor| cursor.acked).min();
-            partition.floor = floor;
+            // After damage a cursor may be where retention has been already.
+            partition.floor = if partition.damaged { floor.max(partition.floor) } else { floor };
             self.store.set_floor(*slot, floor);
         }
     }

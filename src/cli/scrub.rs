@@ -77,7 +77,9 @@ impl VerifyCommand {
             match segment::parse_name(&path).filter(|_| path.is_file()) {
                 Some(id) => alone.entry(path.parent().unwrap_or(Path::new(".")).to_owned()).or_default().push(id),
                 None if data_dir::is_made(&path) => targets.extend(stores(&path).map_err(failed)?),
-                None => targets.push(Target { bytes: verify::segment_bytes(&path).map_err(failed)?, dir: path, only: None }),
+                None => {
+                    targets.push(Target { bytes: verify::segment_bytes(&path).map_err(failed)?, dir: path, only: None })
+                }
             }
         }
         for (dir, only) in alone {

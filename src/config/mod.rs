@@ -110,8 +110,7 @@ section! {
         verify_reads: bool = true, None, Range::Any;
         /// All memory of each shard's store: cache, blocks being written, what readers hold or is read ahead of them,
         /// what is remembered of partitions and entries. The cache gives way to the rest, and readers, who have half,
-        /// wait when they hold more. 0: twice the sum of `cache_bytes`, two times
-        /// `staged_bytes_max`, and 64 MiB.
+        /// wait when they hold more. 0: twice the sum of `cache_bytes`, two times `staged_bytes_max`, and 64 MiB.
         memory_bytes: u64 = 0, Bytes, Range::Numbers(0..=1 << 40);
         /// What a shard reads in a second to check what it stored long ago, while its disk is not late. 0: nothing is
         /// checked before somebody reads it.

@@ -81,7 +81,6 @@ impl FakeShard {
                     *self.image.borrow_mut() = image;
                     done.send(());
                 }
-                ShardCommand::Damage { reply } => reply.send(Vec::new()),
                 ShardCommand::Stats { reply } => reply.send(ShardStats { shard: self.id, ..ShardStats::default() }),
                 ShardCommand::Damage { reply } => reply.send(Vec::new()),
                 ShardCommand::DescribePartition { partition, reply } => {

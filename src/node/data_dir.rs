@@ -236,9 +236,7 @@ pub fn hold(dir: &Path) -> Result<Option<File>, DataDirError> {
     };
     match file.try_lock_shared() {
         Ok(()) => Ok(Some(file)),
-        Err(TryLockError::WouldBlock) => {
-            Err(DataDirError::InUse { dir: dir.to_owned(), pid: read_pid(&mut file) })
-        }
+        Err(TryLockError::WouldBlock) => Err(DataDirError::InUse { dir: dir.to_owned(), pid: read_pid(&mut file) }),
         Err(TryLockError::Error(source)) => Err(DataDirError::Io { action: "lock", path, source }),
     }
 }

@@ -404,7 +404,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
             let unflushed_bytes = std::mem::take(&mut indexing.unflushed_bytes);
             (batch, unflushed_bytes, indexing.covered.end.next_sequence.saturating_sub(1))
         };
-        let sent_bytes = self.memory.index_bytes();
+        let sent_bytes = self.memory.index_sent();
         let applied = self.index.apply(batch).await.map_err(|error| FlushError::Index(error.to_string()))?;
         self.memory.index_has(sent_bytes);
         self.woken.notify();

@@ -66,6 +66,8 @@ pub(crate) struct Memory {
     fetched: Cell<u64>,
     bookkeeping: Cell<u64>,
     index: Cell<u64>,
+    /// Of them: in no batch yet.
+    index_gathered: Cell<u64>,
     /// Changes when readers let go of something.
     freed: Broadcast,
 }
@@ -80,6 +82,7 @@ impl Memory {
             fetched: Cell::new(0),
             bookkeeping: Cell::new(0),
             index: Cell::new(0),
+            index_gathered: Cell::new(0),
             freed: Broadcast::default(),
         }
     }
@@ -156,10 +159,12 @@ impl Memory {
 
     pub(crate) fn index_waits(&self, bytes: u64) {
         self.index.set(self.index.get() + bytes);
+        self.index_gathered.set(self.index_gathered.get() + bytes);
     }
 
-    pub(crate) fn index_bytes(&self) -> u64 {
-        self.index.get()
+    /// What was gathered goes out in a batch now. Returns its bytes, for [`Memory::index_has`].
+    pub(crate) fn index_sent(&self) -> u64 {
+        self.index_gathered.take()
     }
 
     pub(crate) fn index_has(&self, bytes: u64) {
@@ -231,6 +236,20 @@ impl<R: Deref<Target = [u8]>> RunMemory for Charged<R> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn batches_for_the_index_may_overlap() {
+        let memory = Memory::new(1 << 20);
+        memory.index_waits(100 << 10);
+        assert!(memory.index_is_behind());
+        let first = memory.index_sent();
+        memory.index_waits(20);
+        let second = memory.index_sent();
+        memory.index_has(second);
+        memory.index_has(first);
+        assert!(!memory.index_is_behind());
+        assert_eq!((first, second, memory.figures(0, 0).index), (100 << 10, 20, 0));
+    }
 
     #[test]
     fn readers_have_half_and_the_cache_gives_way() {

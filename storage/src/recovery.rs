@@ -66,13 +66,24 @@ pub(crate) async fn survey<I: Io>(
             .map(|&(id, bytes)| {
                 let path = segment::path(dir, id);
                 async move {
-                    if bytes < 2 * segment::HEADER_BYTES || bytes % (ALIGNMENT as u64) != 0 {
+                    // What is behind the last whole block of the file system, nobody wrote.
+                    let whole_bytes = bytes - bytes % ALIGNMENT as u64;
+                    if whole_bytes < 2 * segment::HEADER_BYTES {
                         // It was being made when the node stopped.
                         io.remove(&path).await.map_err(open_error(format!("remove {}", path.display())))?;
                         return Ok(None);
                     }
                     let file = io.open(&path).await.map_err(open_error(format!("open {}", path.display())))?;
                     let head = file.read_at(0, ALIGNMENT).await;
+                    if whole_bytes != bytes {
+                        if matches!(head.as_ref().map(|head| segment::decode(head)), Ok(Ok(None))) {
+                            // It was being made, too: zeros, of which the last were written in part.
+                            io.remove(&path).await.map_err(open_error(format!("remove {}", path.display())))?;
+                            return Ok(None);
+                        }
+                        tracing::error!(path = %path.display(), bytes, "a segment has the wrong length; what is in it is kept");
+                    }
+                    let bytes = whole_bytes;
                     let cuts = head.as_ref().ok().map(|head| segment::decode_cuts(head));
                     let (generation, kind) = match head.map(|head| segment::decode(&head)) {
                         Ok(Ok(None)) => (0, SegmentKind::Journal),
@@ -603,6 +614,8 @@ async fn find_later<I: Io>(
     let shard = reader.shard;
     let mut first = None;
     let mut vouched = false;
+    // A good block that lies where the missing one should: written to the wrong place, or from before a torn write.
+    let mut misplaced = None;
     let mut block = Parsed::default();
     let mut other;
     for (index, &listed) in order.iter().enumerate().skip(at) {
@@ -627,14 +640,12 @@ async fn find_later<I: Io>(
             };
             // A lower one behind a higher: the higher is a copy that a misdirected write left there.
             let better = first.as_ref().is_none_or(|first: &Later| header.id.sequence < first.sequence);
-            let misplaced = index == at && position == bad_position && !block.damaged;
-            if better && !misplaced {
-                first = Some(Later {
-                    at: index,
-                    position,
-                    block_bytes: header.block_bytes as u64,
-                    sequence: header.id.sequence,
-                });
+            let block_bytes = header.block_bytes as u64;
+            let later = Later { at: index, position, block_bytes, sequence: header.id.sequence };
+            if index == at && position == bad_position && !block.damaged {
+                misplaced = Some(later);
+            } else if better {
+                first = Some(later);
             }
             // In a rebuild, segments before this one may have been used again: then nothing is missing here.
             vouched |= expected <= header.id.durable_sequence;
@@ -642,10 +653,10 @@ async fn find_later<I: Io>(
                 return Ok(first);
             }
             // What a block claims whose batches are bad may belong to another.
-            position += if block.damaged { ALIGNMENT as u64 } else { header.block_bytes as u64 };
+            position += if block.damaged { ALIGNMENT as u64 } else { block_bytes };
         }
     }
-    Ok(first.filter(|_| vouched))
+    Ok(first.or(misplaced).filter(|_| vouched))
 }
 
 /// A block taken apart.

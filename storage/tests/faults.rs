@@ -82,6 +82,27 @@ fn damage_in_the_middle_is_skipped_and_the_rest_served() {
 }
 
 #[test]
+fn a_later_block_in_the_place_of_another_is_damage_and_no_end() {
+    for from in [3, 4, 5] {
+        let dir = tempfile::tempdir().unwrap();
+        write_blocks(dir.path(), 6);
+        let blocks = items(dir.path(), is_block);
+        let (path, position) = &blocks[2];
+        let mut bytes = std::fs::read(path).unwrap();
+        let from_position = blocks[from].1 as usize;
+        bytes.copy_within(from_position..from_position + 4096, *position as usize);
+        std::fs::write(path, &bytes).unwrap();
+        run(async {
+            let f = open(dir.path(), small(dir.path())).await;
+            let (batches, damaged) = f.read_all(slot(&f, 1), 0).await;
+            assert_eq!(batches, [(0, 0), (1, 1), (3, 3), (4, 4), (5, 5)], "block {from} also in the place of 2");
+            assert_eq!(damaged, [2..3], "block {from} also in the place of 2");
+            f.store.close().await;
+        });
+    }
+}
+
+#[test]
 fn a_flipped_byte_in_a_batch_costs_that_batch_alone() {
     let dir = tempfile::tempdir().unwrap();
     run(async {

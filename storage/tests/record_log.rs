@@ -99,6 +99,48 @@ fn a_trimmed_log_reuses_its_segments_and_never_shows_what_was_trimmed() {
 }
 
 #[test]
+fn a_log_whose_blocks_lie_in_the_wrong_place_is_refused() {
+    for (from, to) in [(4, 1), (2, 1), (1, 3), (4, 0)] {
+        let dir = tempfile::tempdir().unwrap();
+        run(async {
+            let (log, _) = open(dir.path()).await;
+            for _ in 0..5 {
+                log.append(vec![b"record".to_vec()]).await.unwrap();
+            }
+            log.close().await;
+        });
+        let path = std::fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes.copy_within(4096 * (1 + from)..4096 * (2 + from), 4096 * (1 + to));
+        std::fs::write(&path, &bytes).unwrap();
+        run(async {
+            let opened = RecordLog::open(GlommioIo::new(), dir.path(), CONFIG).await;
+            assert!(opened.is_err(), "block {from} also at {to}");
+        });
+    }
+}
+
+#[test]
+fn a_log_of_an_odd_length_keeps_its_records() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let (log, _) = open(dir.path()).await;
+        log.append(vec![b"record".to_vec()]).await.unwrap();
+        log.close().await;
+    });
+    let path = std::fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
+    let bytes = std::fs::metadata(&path).unwrap().len();
+    for odd in [bytes + 1000, bytes - 1000] {
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(odd).unwrap();
+        run(async {
+            let (log, records) = open(dir.path()).await;
+            assert_eq!(records.len(), 1, "{odd} bytes");
+            log.close().await;
+        });
+    }
+}
+
+#[test]
 fn a_damaged_log_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     run(async {

@@ -25,7 +25,7 @@ pub struct DamageEntry {
     messages: Option<DamagedMessages>,
     /// In ms since the epoch.
     found_at_ms: u64,
-    /// Who found it: `recovery`, `read` or `scrub`.
+    /// Who found it: `recovery`, `read`, `scrub` or `compaction`.
     found_by: &'static str,
 }
 
@@ -82,7 +82,7 @@ impl Default for DamageQuery {
 
 /// Lists what is damaged on disk
 ///
-/// Entries come from recovery, from reads and from the scrubber, outlive restarts, and go when nobody can ask for the
+/// Entries come from recovery, reads, the scrubber and the compactor, outlive restarts, and go when nobody can ask for the
 /// messages any more. A shard that does not answer in time is left out.
 #[utoipa::path(get, path = "/v1/damage", tag = "node", params(DamageQuery), responses(
     (status = 200, description = "A page of damage; none is what one wants to see.", body = DamageList),
