@@ -38,8 +38,7 @@ pub(crate) struct Rebuild<'a, I: Io> {
     /// Deleted, or named by nobody any more.
     gone: BTreeSet<PartitionId>,
     rows: Box<RebuildRows>,
-    /// Generation and kind.
-    segments: BTreeMap<SegmentId, (u64, SegmentKind)>,
+    used: BTreeMap<SegmentId, (u64, SegmentKind)>,
     checkpoint: Option<u64>,
     rebuilt: Rebuilt,
     bytes: u64,
@@ -81,7 +80,7 @@ impl<'a, I: Io> Rebuild<'a, I> {
             partitions: BTreeMap::new(),
             gone: BTreeSet::new(),
             rows: Box::default(),
-            segments: BTreeMap::new(),
+            used: BTreeMap::new(),
             checkpoint: None,
             rebuilt: Rebuilt::default(),
             bytes: 0,
@@ -90,7 +89,7 @@ impl<'a, I: Io> Rebuild<'a, I> {
         }
     }
 
-    fn extent(&mut self, block: &Visited<'_>, extent: &VisitedExtent, kind: SegmentKind) {
+    fn extent(&mut self, block: &Visited<'_>, extent: &VisitedExtent) {
         let header = &extent.header;
         let row = ExtentRow {
             ledger: header.ledger.sequence,
@@ -107,7 +106,6 @@ impl<'a, I: Io> Rebuild<'a, I> {
             store: None,
         };
         self.rows.extents.push((header.ledger.partition, row));
-        self.segments.insert(block.segment, (block.header.id.generation, kind));
         self.rebuilt.extents += 1;
     }
 
@@ -115,9 +113,10 @@ impl<'a, I: Io> Rebuild<'a, I> {
     pub(crate) fn compacted(&mut self, block: &Visited<'_>) {
         for extent in block.extents.iter().filter(|extent| extent.header.kind == ExtentKind::Data) {
             if self.partitions.contains_key(&extent.header.ledger.partition) {
-                self.extent(block, extent, SegmentKind::Compacted);
+                self.extent(block, extent);
             }
         }
+        self.used.insert(block.segment, (block.header.id.generation, SegmentKind::Compacted));
         self.bytes += block.header.block_bytes as u64;
     }
 
@@ -216,8 +215,8 @@ impl<'a, I: Io> Rebuild<'a, I> {
             finished.batches.insert(id, found.batches.into_iter().map(|(_, batch)| batch).collect());
         }
         self.rebuilt.partitions = finished.partitions.list.len() as u64;
-        self.rebuilt.segments = self.segments.len() as u64;
-        for (segment, (generation, kind)) in self.segments {
+        self.rebuilt.segments = self.used.len() as u64;
+        for (segment, (generation, kind)) in self.used {
             let live_bytes = live.get(&segment).copied().unwrap_or(0);
             finished.index.live.push((segment, SegmentRow { generation, live_bytes, kind }));
             finished.live.push((segment, live_bytes));
@@ -308,7 +307,7 @@ impl<I: Io> Visitor for Rebuild<'_, I> {
             if self.gone.contains(&id) {
                 continue;
             }
-            self.extent(block, extent, SegmentKind::Journal);
+            self.extent(block, extent);
             let found = self.partitions.entry(id).or_default();
             found.seen = sequence;
             found.row.end_offset = found.row.end_offset.max(extent.header.next_offset());
@@ -320,7 +319,7 @@ impl<I: Io> Visitor for Rebuild<'_, I> {
             let id = extent.header.ledger.partition;
             RowChange::decode_all(id, extent.body(block.bytes), |change| self.change(id, sequence, change));
         }
-        self.segments.insert(block.segment, (block.header.id.generation, SegmentKind::Journal));
+        self.used.insert(block.segment, (block.header.id.generation, SegmentKind::Journal));
         self.bytes += block.header.block_bytes as u64;
     }
 
