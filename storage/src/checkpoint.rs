@@ -59,7 +59,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
     }
 
     /// Returns its size; `None`: it is not whole.
-    async fn write_checkpoint(&self) -> Option<u64> {
+    pub(crate) async fn write_checkpoint(&self) -> Option<u64> {
         let rolls = self.journal.rolls();
         let mut from = Vec::new();
         let mut start = None;
