@@ -277,6 +277,7 @@ fn the_openapi_document_is_served_and_every_path_in_it_answers() {
         "GET /metrics",
         "GET /openapi.json",
         "GET /readyz",
+        "GET /v1/damage",
         "GET /v1/lookup",
         "GET /v1/topics",
         "GET /v1/topics/{name}",

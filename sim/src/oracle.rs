@@ -49,6 +49,9 @@ pub struct Partition {
     pub life: Life,
     /// Something of it was damaged that the index may not have: its end, its sequences and rows may go back.
     pub damaged: bool,
+    /// Their writes failed and their offsets were given out again. Until one of those is acknowledged a crash may bring
+    /// these back.
+    given_up: Vec<Entry>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +98,7 @@ impl Partition {
             cursors: (0..cursors).map(|cursor| (cursor, Cursor::default())).collect(),
             life: Life::Live,
             damaged: false,
+            given_up: Vec::new(),
         }
     }
 
@@ -138,8 +142,28 @@ impl Partition {
     }
 
     fn saw_start(&mut self, id: PartitionId, start: u64) {
-        assert!(start <= self.start_max(), "{id} starts at {start}; at most {} is allowed: {self:?}", self.start_max());
+        assert!(start <= self.start_max(), "{id} starts at {start}; at most {} is allowed", self.start_max());
         self.start = self.start.max(start);
+    }
+
+    /// Takes back what was given up and is there after all.
+    fn take_back(&mut self, found: &RecoveredPartition) {
+        for batch in found.replayed.iter().filter(|batch| self.acked_end <= batch.base_offset) {
+            let is_it = |entry: &Entry| {
+                (entry.base_offset, entry.append_time_ms) == (batch.base_offset, batch.append_time_ms)
+                    && (entry.header.record_count, entry.header.base_sequence)
+                        == (batch.record_count, batch.base_sequence)
+            };
+            if self.at(batch.base_offset).is_some_and(is_it) {
+                continue;
+            }
+            let Some(index) = self.given_up.iter().position(is_it) else { continue };
+            let entry = self.given_up.swap_remove(index);
+            let first = self.entries.partition_point(|entry| entry.base_offset < batch.base_offset);
+            self.entries.truncate(first);
+            self.entries.push(entry);
+        }
+        self.given_up.clear();
     }
 
     fn check_span(&mut self, id: PartitionId, span: &Range<u64>) {
@@ -180,6 +204,7 @@ impl Oracle {
         let first = partition.entries.partition_point(|entry| entry.base_offset < base_offset);
         for entry in partition.entries.drain(first..) {
             assert!(entry.failed, "{id}: offset {base_offset} is given out; {} was before", entry.base_offset);
+            partition.given_up.push(entry);
         }
         let next = partition.next_offset();
         assert!(base_offset == next, "{id}: offset {base_offset} is given out; {next} is next");
@@ -218,6 +243,7 @@ impl Oracle {
                 );
                 let entry = partition.at(base_offset).expect("a pending entry is in the model");
                 partition.acked_end = entry.next_offset();
+                partition.given_up.clear();
             }
             Staged::Cursor { partition: id, cursor, offset } => {
                 let partition = self.partitions.get_mut(&id).expect("a known partition");
@@ -342,6 +368,9 @@ impl Oracle {
                 }
                 (Life::Dropping, Some(_)) => partition.life = Life::Live,
                 (Life::Live, _) => {}
+            }
+            if let Some(found) = found {
+                partition.take_back(found);
             }
             let span = found.map_or(0..0, |found| found.start_offset..found.end_offset);
             partition.check_span(id, &span);

@@ -286,9 +286,6 @@ impl Visitor for Replay {
                 }
                 continue;
             }
-            if partition.end_offset == 0 && partition.ledgers.count() == 0 {
-                partition.start_offset = header.base_offset;
-            }
             let row = ExtentRow {
                 ledger: header.ledger.sequence,
                 first_offset: header.base_offset,

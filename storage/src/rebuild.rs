@@ -238,14 +238,10 @@ impl<'a, I: Io> Rebuild<'a, I> {
         let mut removed = Vec::new();
         let mut end = row.start_offset;
         let mut from = 0;
-        let mut started = found.start_known;
         loop {
             let extents = self.index.extents(id, from, EXTENTS_READ).await?;
             let read = extents.len();
             for extent in extents.iter().filter(|extent| from <= extent.first_offset) {
-                if !std::mem::replace(&mut started, true) {
-                    (row.start_offset, end) = (extent.first_offset, extent.first_offset);
-                }
                 let last_ledger = ledgers.last().map_or(0, |(sequence, _)| *sequence);
                 if extent.first_offset < end || extent.ledger < last_ledger {
                     tracing::error!(partition = %id, ?extent, "an extent does not follow the one before it; it is left out");

@@ -335,7 +335,9 @@ pub(crate) async fn replay<I: Io>(
         }
         // A segment ends where another goes on: the next, unless that was made ready and never used.
         let mut moved = false;
-        for (index, &next) in order.iter().enumerate().skip(at + 1) {
+        // Without an index any block would fit, and the rest of a segment whose first block is bad would be passed by.
+        let is_known = chain.sequence.is_some();
+        for (index, &next) in order.iter().enumerate().skip(at + 1).filter(|_| is_known) {
             let mut next_reader = Reader::open(io, dir, segments, next, shard).await?;
             let fits = next_reader.block(segment::HEADER_BYTES, &mut block).await?.and_then(|()| chain.fits(&block));
             if fits.is_ok() {

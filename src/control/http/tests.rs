@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use drava_protocol::message::{PartitionPlace, PartitionState, SubscriptionState, TopicPolicy};
 use drava_protocol::topic::TopicName;
-use drava_protocol::{ErrorCode, PartitionId, TopicId};
-use drava_raft::{Image, Topic};
+use drava_protocol::{ErrorCode, NodeId, PartitionId, ShardId, Term, TopicId};
+use drava_raft::{Image, Owner, Partition, Topic};
 use drava_runtime::foreign::{ReplySender, reply};
 use drava_runtime::task::Stop;
 use drava_runtime::{Executor, ExecutorConfig, ExecutorHandle};
@@ -51,7 +51,13 @@ impl FakeNode {
     fn add(&self, name: TopicName, policy: TopicPolicy) -> Arc<Topic> {
         self.change(|image| {
             let id = image.version;
-            let partitions = (0..u64::from(policy.partitions)).map(|index| PartitionId(id * 100 + index)).collect();
+            let partitions: Vec<PartitionId> =
+                (0..u64::from(policy.partitions)).map(|index| PartitionId(id * 100 + index)).collect();
+            let owner = Owner { node: NodeId(1), shard: ShardId(0) };
+            for (index, &id) in partitions.iter().enumerate() {
+                let index = index as u32;
+                image.partitions.insert(id, Partition { id, topic: name.clone(), index, owner, term: Term(1) });
+            }
             let topic = Arc::new(Topic { id: TopicId(id), name: name.clone(), policy, partitions, created_ms: 17 });
             image.topics.insert(name, topic.clone());
             topic
