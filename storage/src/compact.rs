@@ -52,6 +52,8 @@ const VICTIMS_MAX: usize = 8;
 const VICTIM_BYTES_MAX: u64 = 512 << 20;
 /// A pass over garbage must win at least this many segments.
 const GAIN_SEGMENTS_MIN: u64 = 2;
+/// Small extents read beside one another: a long queue of reads is one that durable writes stand in.
+const SMALL_READS_MAX: usize = 8;
 /// A disk that takes longer for a write of the journal is left alone,
 const LATE: Duration = Duration::from_millis(10);
 /// for this long at a time,
@@ -468,7 +470,9 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
                 // Small extents are read beside one another, as much at a time as a large one.
                 let count = small_reads(rows);
                 let (now, later) = rows.split_at(count);
-                self.inner.give_way(now.iter().map(|(_, row)| row.body_bytes as u64).sum()).await?;
+                // The disk is paid for pages.
+                let pages = |row: &ExtentRow| u64::from(row.body_bytes).next_multiple_of(ALIGNMENT as u64);
+                self.inner.give_way(now.iter().map(|(_, row)| pages(row)).sum()).await?;
                 let reads = all(now.iter().map(|(_, row)| self.inner.read_extent(row)).collect()).await;
                 for ((partition, row), bytes) in now.iter().zip(reads) {
                     self.take(*partition, row, bytes).await?;
@@ -688,7 +692,7 @@ fn small_reads(rows: &[(PartitionId, ExtentRow)]) -> usize {
         bytes += (EXTENT_HEADER_BYTES + row.body_bytes as usize).next_multiple_of(ALIGNMENT) + ALIGNMENT;
         bytes <= IO_BYTES_MAX
     };
-    rows.iter().take_while(fits).count().max(1)
+    rows.iter().take(SMALL_READS_MAX).take_while(fits).count().max(1)
 }
 
 /// What a block takes on disk.
