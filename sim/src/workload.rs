@@ -500,7 +500,6 @@ impl Session {
             retention_bytes: random.one_in(2).then(|| random.in_range(8..64) << 10),
             cache_bytes: random.one_in(3).then_some(8 << 10),
             trim_consumed: random.one_in(3),
-            ..PartitionLimits::default()
         };
         run.world.event(format_args!("{id} {limits:?}"));
         let clients = (0..random.in_range(1..3)).map(|_| {
@@ -546,7 +545,7 @@ impl Session {
             let client = &mut clients[nth];
             if client.producer != 0 && random.one_in(12) {
                 // An answer was lost on its way, or the network brings it twice.
-                let sent = client.unacked.iter().take(client.sent).last().cloned();
+                let sent = client.unacked.iter().take(client.sent).next_back().cloned();
                 let Some(made) = sent.or_else(|| client.last_acked.clone()) else { return };
                 (made, true)
             } else if client.sent < client.unacked.len() {
