@@ -207,20 +207,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
             }
             if extent.header.kind == ExtentKind::Data {
                 let header = &extent.header;
-                let row = ExtentRow {
-                    ledger: header.ledger.sequence,
-                    first_offset: header.base_offset,
-                    next_offset: header.next_offset(),
-                    segment: placement.segment,
-                    position: placement.position + extent.position as u64,
-                    in_block: extent.position,
-                    body_bytes: header.body_bytes,
-                    first_entry: header.first_entry,
-                    entry_count: header.entry_count,
-                    max_append_time_ms: header.max_append_time_ms,
-                    block_sequence: sequence,
-                    store: None,
-                };
+                let row = ExtentRow::of(header, sequence, placement.segment, placement.position, extent.position);
                 partition.extend(row);
                 let first_cached = cache.first_sequence();
                 partition.limit_cache(row.body_bytes as u64, first_cached, |sequence| cache.release(sequence));

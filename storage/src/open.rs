@@ -286,20 +286,8 @@ impl Visitor for Replay {
                 }
                 continue;
             }
-            let row = ExtentRow {
-                ledger: header.ledger.sequence,
-                first_offset: header.base_offset,
-                next_offset: header.next_offset(),
-                segment: block.segment,
-                position: block.position + extent.position as u64,
-                in_block: extent.position as u32,
-                body_bytes: header.body_bytes,
-                first_entry: header.first_entry,
-                entry_count: header.entry_count,
-                max_append_time_ms: header.max_append_time_ms,
-                block_sequence: header.block_sequence,
-                store: None,
-            };
+            let row =
+                ExtentRow::of(header, header.block_sequence, block.segment, block.position, extent.position as u32);
             partition.extend(row);
             partition.writer = Writer::after(partition.row().last_ledger);
             self.index.extents.push((partition.partition, row));

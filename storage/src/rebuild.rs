@@ -50,8 +50,6 @@ pub(crate) struct Rebuild<'a, I: Io> {
 #[derive(Default)]
 struct Found {
     row: PartitionRow,
-    /// A trim or a checkpoint says where it starts.
-    start_known: bool,
     /// The last block that named it.
     seen: u64,
     /// By key: the last block that changed or repeated it, and its value; `None`: deleted.
@@ -91,20 +89,7 @@ impl<'a, I: Io> Rebuild<'a, I> {
 
     fn extent(&mut self, block: &Visited<'_>, extent: &VisitedExtent) {
         let header = &extent.header;
-        let row = ExtentRow {
-            ledger: header.ledger.sequence,
-            first_offset: header.base_offset,
-            next_offset: header.next_offset(),
-            segment: block.segment,
-            position: block.position + extent.position as u64,
-            in_block: extent.position as u32,
-            body_bytes: header.body_bytes,
-            first_entry: header.first_entry,
-            entry_count: header.entry_count,
-            max_append_time_ms: header.max_append_time_ms,
-            block_sequence: header.block_sequence,
-            store: None,
-        };
+        let row = ExtentRow::of(header, header.block_sequence, block.segment, block.position, extent.position as u32);
         self.rows.extents.push((header.ledger.partition, row));
         self.rebuilt.extents += 1;
     }
@@ -144,7 +129,6 @@ impl<'a, I: Io> Rebuild<'a, I> {
                 found.row.start_offset = found.row.start_offset.max(trim.start_offset);
                 found.row.end_offset = found.row.end_offset.max(trim.start_offset);
                 found.row.last_ledger = found.row.last_ledger.max(trim.first_ledger.saturating_sub(1));
-                found.start_known = true;
             }
             RowChange::Checkpoint(Checkpoint::Row { covered, key, value }) => {
                 // A change behind the place where this was read wins, although it comes before it in the journal.
@@ -156,7 +140,6 @@ impl<'a, I: Io> Rebuild<'a, I> {
                 found.row.start_offset = found.row.start_offset.max(row.start_offset);
                 found.row.end_offset = found.row.end_offset.max(row.end_offset);
                 found.row.last_ledger = found.row.last_ledger.max(row.last_ledger);
-                found.start_known = true;
             }
             RowChange::Drop | RowChange::Checkpoint(Checkpoint::End { .. }) => {}
         }
@@ -180,7 +163,7 @@ impl<'a, I: Io> Rebuild<'a, I> {
     /// Makes the rest of the index of what was read.
     pub(crate) async fn finish(mut self, roll: RollPolicy) -> Result<Finished, OpenError> {
         self.write_out().await?;
-        let trims = self.partitions.iter().filter(|(_, found)| found.start_known);
+        let trims = self.partitions.iter().filter(|(_, found)| 0 < found.row.start_offset);
         self.rows.trims = trims
             .map(|(id, found)| Trim { partition: *id, first_ledger: 0, start_offset: found.row.start_offset })
             .collect();

@@ -297,6 +297,21 @@ fn rows_of_state_and_a_deletion_survive_a_failed_write() {
     });
 }
 
+/// Checks that all acknowledged entries are there, at their offsets, and what else is there is what was appended. The model
+/// has the token of each entry of a partition by offset, and whether it was acknowledged; it forgets what is gone.
+async fn assert_kept(f: &Fixture<FaultyIo>, slots: &[PartitionSlot], model: &mut [Vec<(u64, bool)>], when: &str) {
+    for (index, entries) in model.iter_mut().enumerate() {
+        let end = f.store.span(slots[index]).end_offset as usize;
+        let acked = entries.iter().rposition(|(_, acked)| *acked).map_or(0, |last| last + 1);
+        assert!(acked <= end && end <= entries.len(), "{when}: {acked} {end}");
+        entries.truncate(end);
+        let (batches, damaged) = f.read_all(slots[index], 0).await;
+        assert!(damaged.is_empty());
+        let expected = entries.iter().enumerate().map(|(offset, (token, _))| (offset as u64, *token));
+        assert!(batches.iter().copied().eq(expected), "{when} partition {index}");
+    }
+}
+
 /// Writes fail and tear now and then, the journal rolls, the process dies at some point: acked entries are there, at
 /// their offsets, and no other takes the place of one.
 #[test]
@@ -313,16 +328,7 @@ fn no_acked_entry_is_lost_over_rolls_and_crashes() {
                 let f = open_with(io.clone(), dir.path(), config).await;
                 assert!(f.recovered.damaged.is_empty(), "seed {first_seed} round {round}: {:?}", f.recovered.damaged);
                 let slots: Vec<_> = (1..=3).map(|id| slot(&f, id)).collect();
-                for (index, entries) in model.iter_mut().enumerate() {
-                    let end = f.store.span(slots[index]).end_offset as usize;
-                    let acked = entries.iter().rposition(|(_, acked)| *acked).map_or(0, |last| last + 1);
-                    assert!(acked <= end && end <= entries.len(), "seed {first_seed} round {round}: {acked} {end}");
-                    entries.truncate(end);
-                    let (batches, damaged) = f.read_all(slots[index], 0).await;
-                    assert!(damaged.is_empty());
-                    let expected = entries.iter().enumerate().map(|(offset, (token, _))| (offset as u64, *token));
-                    assert!(batches.iter().copied().eq(expected), "seed {first_seed} round {round} partition {index}");
-                }
+                assert_kept(&f, &slots, &mut model, &format!("seed {first_seed} round {round}")).await;
                 io.tear.set(Some(common::random(&mut seed) | 1));
                 for _ in 0..1 + common::random(&mut seed) % 4 {
                     for _ in 0..common::random(&mut seed) % 8 {
@@ -540,16 +546,7 @@ fn no_acked_entry_is_lost_when_writes_tear() {
                 let f = open_with(io.clone(), dir.path(), config).await;
                 assert!(f.recovered.damaged.is_empty(), "seed {first_seed} round {round}: {:?}", f.recovered.damaged);
                 let slots: Vec<_> = (1..=3).map(|id| slot(&f, id)).collect();
-                for (index, entries) in model.iter_mut().enumerate() {
-                    let end = f.store.span(slots[index]).end_offset as usize;
-                    let acked = entries.iter().rposition(|(_, acked)| *acked).map_or(0, |last| last + 1);
-                    assert!(acked <= end && end <= entries.len(), "seed {first_seed} round {round}: {acked} {end}");
-                    entries.truncate(end);
-                    let (batches, damaged) = f.read_all(slots[index], 0).await;
-                    assert!(damaged.is_empty());
-                    let expected = entries.iter().enumerate().map(|(offset, (token, _))| (offset as u64, *token));
-                    assert!(batches.iter().copied().eq(expected), "seed {first_seed} round {round} partition {index}");
-                }
+                assert_kept(&f, &slots, &mut model, &format!("seed {first_seed} round {round}")).await;
                 let tear_after = 5 + common::random(&mut seed) % 60;
                 io.tear.set(Some(common::random(&mut seed) | 1));
                 io.writes_left.set(Some(tear_after as u32));

@@ -26,6 +26,7 @@ pub(crate) use self::compact::{ExtentKey, Move, MoveBatch};
 
 use self::compact::{Moved, Scanned};
 use self::kv::{Kv, KvBatch};
+use crate::block::ExtentHeader;
 use crate::damage::{Damage, DamageRow};
 use crate::foreign::{ForeignSegment, StoreId};
 use crate::io::Io;
@@ -778,6 +779,30 @@ fn ledger_key(ledger: LedgerId) -> [u8; 13] {
 }
 
 impl ExtentRow {
+    /// Where the own store has an extent: `in_block` bytes into the block `block_sequence`, which starts at `position`.
+    pub(crate) fn of(
+        header: &ExtentHeader,
+        block_sequence: u64,
+        segment: SegmentId,
+        position: u64,
+        in_block: u32,
+    ) -> ExtentRow {
+        ExtentRow {
+            ledger: header.ledger.sequence,
+            first_offset: header.base_offset,
+            next_offset: header.next_offset(),
+            segment,
+            position: position + u64::from(in_block),
+            in_block,
+            body_bytes: header.body_bytes,
+            first_entry: header.first_entry,
+            entry_count: header.entry_count,
+            max_append_time_ms: header.max_append_time_ms,
+            block_sequence,
+            store: None,
+        }
+    }
+
     fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(62);
         out.extend_from_slice(&self.next_offset.to_le_bytes());
