@@ -123,6 +123,7 @@ impl Unpacker {
             return Ok(());
         }
         batch::check_crc(&header, &batch)?;
+        batch::check_broker_fields(&batch)?;
         let records = batch::Records::open(&batch, self.unpacked_bytes_max)?;
         let shared = header.compression == Compression::None;
         for record in records.iter() {

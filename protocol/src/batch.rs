@@ -1,14 +1,19 @@
 //! Batches: one layout from the producer's memory to the disk and to the consumer.
 //!
-//! A batch is a header of [`HEADER_BYTES`] and its records, compressed or not. The first 16 bytes belong to the broker
-//! and are outside the checksum; everything from [`CHECKED_FROM`] on is the producer's and is never changed.
+//! A batch is a header of [`HEADER_BYTES`] and its records, compressed or not. The first 16 bytes belong to the broker:
+//! they are outside the checksum and have a check of their own. Everything from [`CHECKED_FROM`] on is the producer's and
+//! is never changed.
 //! Source: `protocol/README.md`, "Batch".
 
 use crate::error::ErrorCode;
 
 pub const HEADER_BYTES: usize = 64;
-/// The broker's fields: base offset and append time.
+/// The broker's fields: base offset, append time and their check.
 pub const BROKER_BYTES: usize = 16;
+/// Where the check begins: what comes before it is checked.
+const BROKER_CHECK_AT: usize = 14;
+/// An append time has 48 bits, which end in the year 10889.
+pub const APPEND_TIME_MS_MAX: u64 = (1 << 48) - 1;
 /// The checksum covers the batch from here to its end.
 pub const CHECKED_FROM: usize = 24;
 pub const VERSION: u8 = 1;
@@ -89,6 +94,8 @@ pub enum BatchError {
     Sequence { base: u64, count: u32 },
     #[error("the batch has checksum {computed:08x}; its header says {stored:08x}")]
     Checksum { stored: u32, computed: u32 },
+    #[error("the batch's offset and append time are not what the broker wrote")]
+    BrokerFields,
     #[error("the records do not decompress to the {said} bytes that the header says")]
     Decompress { said: u32 },
     #[error("the records unpack to {said} bytes; at most {limit} are accepted")]
@@ -102,7 +109,7 @@ pub enum BatchError {
 impl BatchError {
     pub fn code(&self) -> ErrorCode {
         match self {
-            BatchError::Checksum { .. } => ErrorCode::BatchChecksum,
+            BatchError::Checksum { .. } | BatchError::BrokerFields => ErrorCode::BatchChecksum,
             BatchError::TooLarge { .. } | BatchError::Full(_) => ErrorCode::BatchTooLarge,
             BatchError::TooShort { .. }
             | BatchError::Length { .. }
@@ -153,7 +160,7 @@ pub fn header(bytes: &[u8]) -> Result<Header, BatchError> {
     }
     Ok(Header {
         base_offset: u64_at(h, 0),
-        append_time_ms: u64_at(h, 8),
+        append_time_ms: append_time_ms(h),
         batch_bytes,
         crc: u32_at(h, 20),
         compression,
@@ -177,6 +184,13 @@ pub fn check(bytes: &[u8]) -> Result<Header, BatchError> {
     Ok(header)
 }
 
+/// As [`check`], for a batch that a broker has appended: its broker's fields are checked, too.
+pub fn check_appended(bytes: &[u8]) -> Result<Header, BatchError> {
+    let header = check(bytes)?;
+    check_broker_fields(bytes)?;
+    Ok(header)
+}
+
 /// Compares the CRC of `bytes`, the batch of `header`. Panics if they are shorter than that header says.
 pub fn check_crc(header: &Header, bytes: &[u8]) -> Result<(), BatchError> {
     let computed = crc32c::crc32c(&bytes[CHECKED_FROM..header.batch_bytes as usize]);
@@ -186,12 +200,35 @@ pub fn check_crc(header: &Header, bytes: &[u8]) -> Result<(), BatchError> {
     Ok(())
 }
 
-/// The 16 bytes that the broker writes over the start of a batch.
+/// The 16 bytes that the broker writes over the start of a batch. A later time than [`APPEND_TIME_MS_MAX`] becomes that.
 pub fn broker_fields(base_offset: u64, append_time_ms: u64) -> [u8; BROKER_BYTES] {
     let mut fields = [0; BROKER_BYTES];
     fields[..8].copy_from_slice(&base_offset.to_le_bytes());
-    fields[8..].copy_from_slice(&append_time_ms.to_le_bytes());
+    fields[8..].copy_from_slice(&append_time_ms.min(APPEND_TIME_MS_MAX).to_le_bytes());
+    let check = broker_check(&fields);
+    fields[BROKER_CHECK_AT..].copy_from_slice(&check);
     fields
+}
+
+/// Checks the fields that the broker wrote over the start of `bytes`. A producer's own batch has none.
+pub fn check_broker_fields(bytes: &[u8]) -> Result<(), BatchError> {
+    let Some(fields) = bytes.first_chunk::<BROKER_BYTES>() else {
+        return Err(BatchError::TooShort { have: bytes.len() });
+    };
+    if fields[BROKER_CHECK_AT..] == broker_check(fields) { Ok(()) } else { Err(BatchError::BrokerFields) }
+}
+
+/// The CRC32C of offset and append time, folded to 16 bits.
+fn broker_check(fields: &[u8; BROKER_BYTES]) -> [u8; 2] {
+    let crc = crc32c::crc32c(&fields[..BROKER_CHECK_AT]);
+    ((crc >> 16) as u16 ^ crc as u16).to_le_bytes()
+}
+
+/// Append time in the batch at the start of `bytes`. Panics if they are fewer than [`BROKER_BYTES`].
+pub fn append_time_ms(bytes: &[u8]) -> u64 {
+    let mut time_ms = [0; 8];
+    time_ms[..6].copy_from_slice(&bytes[8..BROKER_CHECK_AT]);
+    u64::from_le_bytes(time_ms)
 }
 
 /// A message where it lies in its batch.

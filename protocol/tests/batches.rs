@@ -1,7 +1,7 @@
 //! Batches under arbitrary and mutated bytes, and the way from records to a batch and back.
 
 use drava_protocol::batch::{
-    self, BATCH_BYTES_MAX, BROKER_BYTES, BatchError, Builder, CHECKED_FROM, Compression, HEADER_BYTES, NewRecord,
+    self, APPEND_TIME_MS_MAX, BATCH_BYTES_MAX, BROKER_BYTES, BatchError, Builder, CHECKED_FROM, Compression, HEADER_BYTES, NewRecord,
     RECORD_HEADER_BYTES, RECORDS_MAX, Records, Seal, broker_fields,
 };
 use drava_protocol::error::ErrorCode;
@@ -82,6 +82,20 @@ fn read(bytes: &[u8]) -> Result<usize, BatchError> {
     Ok(read)
 }
 
+#[test]
+fn a_flipped_bit_in_the_brokers_fields_is_found() {
+    for (offset, time_ms) in [(0, 0), (1000, 1_700_000_000_123), (u64::MAX, u64::MAX)] {
+        let good = broker_fields(offset, time_ms);
+        assert_eq!(batch::check_broker_fields(&good), Ok(()));
+        for bit in 0..8 * BROKER_BYTES {
+            let mut bad = good;
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(batch::check_broker_fields(&bad), Err(BatchError::BrokerFields), "bit {bit}");
+        }
+    }
+    assert_eq!(batch::check_broker_fields(&[0; BROKER_BYTES]), Err(BatchError::BrokerFields), "a producer's own batch");
+}
+
 /// Makes the checksum right again, as an attacker would.
 fn sign(bytes: &mut [u8]) {
     let crc = crc32c::crc32c(&bytes[CHECKED_FROM..]);
@@ -91,7 +105,7 @@ fn sign(bytes: &mut [u8]) {
 proptest! {
     #[test]
     fn records_come_back_as_they_were_given(
-        first in vec(given(), 1..10), second in vec(given(), 1..10), seal in seal(), base_offset: u64, append_time_ms: u64,
+        first in vec(given(), 1..10), second in vec(given(), 1..10), seal in seal(), base_offset: u64, append_time_ms in 0..=APPEND_TIME_MS_MAX,
     ) {
         // The builder is used twice: nothing of the first batch may be left in the second.
         let mut builder = Builder::new(1 << 20);
@@ -102,6 +116,7 @@ proptest! {
 
         let header = batch::check(&bytes).expect("a good batch");
         prop_assert_eq!((header.base_offset, header.append_time_ms), (base_offset, append_time_ms));
+        prop_assert_eq!(batch::check_appended(&bytes), Ok(header));
         prop_assert_eq!((header.producer, header.producer_epoch), (seal.producer, seal.producer_epoch));
         prop_assert_eq!(header.base_sequence, seal.base_sequence);
         prop_assert_eq!(header.record_count as usize, second.len());

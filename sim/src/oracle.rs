@@ -49,8 +49,8 @@ pub struct Partition {
     pub life: Life,
     /// Something of it was damaged that the index may not have: its end, its sequences and rows may go back.
     pub damaged: bool,
-    /// Their writes failed and their offsets were given out again. Until one of those is acknowledged a crash may bring
-    /// these back.
+    /// Their writes failed or died with the node, and their offsets were given out again. Until one of those is acknowledged
+    /// a crash may bring these back: what is sent again goes to the same place, and sectors of both make one of them whole.
     given_up: Vec<Entry>,
 }
 
@@ -163,7 +163,6 @@ impl Partition {
             self.entries.truncate(first);
             self.entries.push(entry);
         }
-        self.given_up.clear();
     }
 
     fn check_span(&mut self, id: PartitionId, span: &Range<u64>) {
@@ -374,7 +373,9 @@ impl Oracle {
             }
             let span = found.map_or(0..0, |found| found.start_offset..found.end_offset);
             partition.check_span(id, &span);
-            partition.entries.retain(|entry| entry.base_offset < span.end);
+            let kept = partition.entries.partition_point(|entry| entry.base_offset < span.end);
+            let dropped = partition.entries.split_off(kept);
+            partition.given_up.extend(dropped);
             partition.entries.iter_mut().for_each(|entry| entry.failed = false);
             let end = partition.entries.last().map_or(span.end, Entry::next_offset);
             assert!(end == span.end, "{id} ends at {}, within the entry that ends at {end}", span.end);

@@ -576,7 +576,7 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
             let (body, rest) = bodies.split_at(header.body_bytes as usize);
             bodies = rest;
             for batch in block::batches(body).flatten() {
-                writer.batch(batch, block::batch_base_offset(batch), block::batch_append_time_ms(batch));
+                writer.batch(batch, block::batch_base_offset(batch), batch::append_time_ms(batch));
             }
             let to = ExtentRow {
                 next_offset: header.next_offset(),

@@ -196,7 +196,7 @@ impl Dump {
             ExtentKind::Data => {
                 for bytes in block::batches(body).flatten() {
                     let kind = match batch::header(bytes) {
-                        Ok(header) => ItemKind::Batch { header, good: batch::check(bytes).is_ok() },
+                        Ok(header) => ItemKind::Batch { header, good: batch::check_appended(bytes).is_ok() },
                         Err(_) => ItemKind::BadBatch,
                     };
                     self.items.push_back(Item { position, kind });

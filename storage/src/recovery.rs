@@ -278,6 +278,8 @@ pub(crate) async fn replay<I: Io>(
         .map_or(segment::HEADER_BYTES, |start| start.position);
     let mut reader = Reader::open(io, dir, segments, order[at], shard).await?;
     let mut block = Parsed::default();
+    // Without an index any block fits at the start: a copy that a misdirected write left there would hide those before it.
+    let lowest = if start.is_none() { lowest_sequence(&mut reader, &mut block).await? } else { None };
     loop {
         if let Some(next) = chain.sequence.and_then(|sequence| taken_over(segments, &order[at..], sequence)) {
             // Nothing more of this segment counts: the journal went on in another, with this block.
@@ -294,7 +296,11 @@ pub(crate) async fn replay<I: Io>(
             });
         }
         // The end is where the last good block ended.
-        let problem = reader.block(position, &mut block).await?.and_then(|()| chain.fits(&block));
+        let mut problem = reader.block(position, &mut block).await?.and_then(|()| chain.fits(&block));
+        let hidden = lowest.zip(block.header).is_some_and(|(lowest, header)| lowest < header.id.sequence);
+        if chain.sequence.is_none() && hidden {
+            problem = Err(Misfit::Damaged);
+        }
         let Err(problem) = problem else {
             let header = block.header.expect("parsed");
             visitor.block(&Visited {
@@ -335,14 +341,16 @@ pub(crate) async fn replay<I: Io>(
         }
         // A segment ends where another goes on: the next, unless that was made ready and never used.
         let mut moved = false;
-        // Without an index any block would fit, and the rest of a segment whose first block is bad would be passed by.
-        let is_known = chain.sequence.is_some();
-        for (index, &next) in order.iter().enumerate().skip(at + 1).filter(|_| is_known) {
+        // Without an index any block would fit, and the rest of a segment whose first block is bad would be passed by: then
+        // only the very first block of a journal is taken.
+        let known = if chain.sequence.is_some() { &chain } else { &Chain { sequence: Some(1), crc: Some(0) } };
+        for (index, &next) in order.iter().enumerate().skip(at + 1) {
             let mut next_reader = Reader::open(io, dir, segments, next, shard).await?;
-            let fits = next_reader.block(segment::HEADER_BYTES, &mut block).await?.and_then(|()| chain.fits(&block));
+            let fits = next_reader.block(segment::HEADER_BYTES, &mut block).await?.and_then(|()| known.fits(&block));
             if fits.is_ok() {
                 reader.sync().await?;
                 (at, position, reader, moved) = (index, segment::HEADER_BYTES, next_reader, true);
+                chain = Chain { sequence: known.sequence, crc: known.crc };
                 break;
             }
         }
@@ -505,7 +513,8 @@ fn note_bad_batches(
     }
 }
 
-/// Reads all blocks of compacted segments, the oldest first, each segment up to where it does not go on.
+/// Reads all blocks of compacted segments, the oldest first. What is damaged is passed by: every block says of itself what
+/// it holds, and one that never counted holds the same as the place it was copied from.
 pub(crate) async fn read_compacted<I: Io>(
     io: &I,
     dir: &Path,
@@ -525,10 +534,12 @@ pub(crate) async fn read_compacted<I: Io>(
         // Cuts are about the journal.
         reader.cut_sequence = u64::MAX;
         let mut position = segment::HEADER_BYTES;
-        let mut chain = Chain { sequence: Some(1), crc: Some(0) };
-        // A block of which only batches are bad is read like any other.
-        while reader.block(position, &mut block).await?.and_then(|()| chain.links(&block)).is_ok() {
-            let header = block.header.expect("parsed");
+        while position + (block::HEADER_BYTES as u64) < reader.bytes {
+            // A block of which only batches are bad is read like any other.
+            let Some(header) = reader.block(position, &mut block).await?.ok().and(block.header) else {
+                position += ALIGNMENT as u64;
+                continue;
+            };
             rebuild.compacted(&Visited {
                 segment: listed.1,
                 position,
@@ -539,7 +550,6 @@ pub(crate) async fn read_compacted<I: Io>(
             });
             rebuild.pause().await?;
             position += header.block_bytes as u64;
-            chain = Chain { sequence: Some(header.id.sequence + 1), crc: Some(header.crc) };
         }
     }
     Ok(())
@@ -582,12 +592,12 @@ impl Chain {
         let vouched = self.crc.is_none() && self.sequence.is_some();
         if block.damaged && !vouched { Err(Misfit::Damaged) } else { Ok(()) }
     }
+}
 
-    /// As [`Chain::fits`], whatever is in the batches.
-    fn links(&self, block: &Parsed) -> Result<(), Misfit> {
-        let header = block.header.as_ref().ok_or(Misfit::Nothing)?;
-        let links = self.sequence == Some(header.id.sequence) && self.crc == Some(header.id.previous_crc);
-        if links { Ok(()) } else { Err(Misfit::Nothing) }
+impl Chain {
+    /// Whether a block is known to be the next.
+    fn links(&self, sequence: u64, previous_crc: u32) -> bool {
+        (self.sequence, self.crc) == (Some(sequence), Some(previous_crc))
     }
 }
 
@@ -614,10 +624,11 @@ async fn find_later<I: Io>(
     // Without an index, what is missing is at the very start.
     let expected = chain.sequence.unwrap_or(1);
     let shard = reader.shard;
-    let mut first = None;
+    let mut first: Option<Later> = None;
     let mut vouched = false;
-    // A good block that lies where the missing one should: written to the wrong place, or from before a torn write.
-    let mut misplaced = None;
+    // A good block that lies where the missing one should: a copy of one that comes later, or what comes next when blocks
+    // before it were moved here from elsewhere. Then nothing behind it is lower.
+    let mut misplaced: Option<Later> = None;
     let mut block = Parsed::default();
     let mut other;
     for (index, &listed) in order.iter().enumerate().skip(at) {
@@ -641,7 +652,7 @@ async fn find_later<I: Io>(
                 }
             };
             // A lower one behind a higher: the higher is a copy that a misdirected write left there.
-            let better = first.as_ref().is_none_or(|first: &Later| header.id.sequence < first.sequence);
+            let better = first.as_ref().is_none_or(|first| header.id.sequence < first.sequence);
             let block_bytes = header.block_bytes as u64;
             let later = Later { at: index, position, block_bytes, sequence: header.id.sequence };
             if index == at && position == bad_position && !block.damaged {
@@ -649,16 +660,42 @@ async fn find_later<I: Io>(
             } else if better {
                 first = Some(later);
             }
-            // In a rebuild, segments before this one may have been used again: then nothing is missing here.
-            vouched |= expected <= header.id.durable_sequence;
-            if vouched && !better {
-                return Ok(first);
+            // In a rebuild, segments before this one may have been used again: then nothing is missing here. Nor is anything
+            // before the very block that is looked for.
+            let links = !block.damaged && chain.links(header.id.sequence, header.id.previous_crc);
+            vouched |= expected <= header.id.durable_sequence || links;
+            // A misdirected write may have left several copies in the segment of the bad block: there all are looked at.
+            if index != at && vouched && !better {
+                return Ok(lower(first, misplaced));
             }
             // What a block claims whose batches are bad may belong to another.
             position += if block.damaged { ALIGNMENT as u64 } else { block_bytes };
         }
+        if vouched && (first.is_some() || misplaced.is_some()) {
+            break;
+        }
     }
-    Ok(first.or(misplaced).filter(|_| vouched))
+    Ok(lower(first, misplaced).filter(|_| vouched))
+}
+
+/// The one with the lower sequence; `first` when they are the same block.
+fn lower(first: Option<Later>, misplaced: Option<Later>) -> Option<Later> {
+    match (first, misplaced) {
+        (Some(first), Some(misplaced)) if misplaced.sequence < first.sequence => Some(misplaced),
+        (first, misplaced) => first.or(misplaced),
+    }
+}
+
+/// The lowest sequence of a whole block in the segment.
+async fn lowest_sequence<F: File>(reader: &mut Reader<F>, block: &mut Parsed) -> Result<Option<u64>, OpenError> {
+    let mut lowest = None;
+    let mut position = segment::HEADER_BYTES;
+    while position + (block::HEADER_BYTES as u64) < reader.bytes {
+        let found = reader.block(position, block).await?.ok().and(block.header);
+        lowest = lowest.into_iter().chain(found.map(|header| header.id.sequence)).min();
+        position += found.filter(|_| !block.damaged).map_or(ALIGNMENT as u64, |header| header.block_bytes as u64);
+    }
+    Ok(lowest)
 }
 
 /// A block taken apart.

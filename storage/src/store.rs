@@ -813,7 +813,7 @@ impl<I: Io, T: 'static> Store<I, T> {
                 Ok(next_offset) if next_offset == offset => return Ok(offset),
                 Ok(next_offset) => {
                     for run in &runs {
-                        let late = |batch: &&[u8]| time_ms <= block::batch_append_time_ms(batch);
+                        let late = |batch: &&[u8]| time_ms <= batch::append_time_ms(batch);
                         if let Some(batch) = block::batches(run).flatten().find(late) {
                             return Ok(block::batch_base_offset(batch));
                         }
