@@ -137,7 +137,7 @@ impl Partition {
         let kept = limits.retention_age.is_none() && limits.retention_bytes.is_none() && !limits.trim_consumed;
         let start_max = if kept { 0 } else { self.floor.unwrap_or(u64::MAX).min(self.promised_end()) };
         // Damage may take the first of what is kept.
-        let rest = self.entries.iter().filter(|entry| start_max <= entry.base_offset);
+        let rest = self.entries.iter().filter(|entry| start_max < entry.next_offset());
         rest.take_while(|entry| entry.damaged).last().map_or(start_max, Entry::next_offset)
     }
 
@@ -365,7 +365,8 @@ impl Oracle {
                     partition.life = Life::Dropped;
                     continue;
                 }
-                (Life::Dropping, Some(_)) => partition.life = Life::Live,
+                // Some of it may be gone. It is asked for again.
+                (Life::Dropping, Some(_)) => continue,
                 (Life::Live, _) => {}
             }
             if let Some(found) = found {

@@ -370,6 +370,7 @@ async fn open(run: &Rc<Run>) -> Rc<Session> {
     run.oracle.borrow_mut().recovered(&recovered);
     restore_producers(run, &recovered);
     let session = Rc::new(Session { run: run.clone(), store, slots: RefCell::default(), readers: Rc::default() });
+    let mut dropped = Vec::new();
     for recovered in &recovered.partitions {
         let id = recovered.partition;
         let (limits, life) = {
@@ -377,10 +378,12 @@ async fn open(run: &Rc<Run>) -> Rc<Session> {
             let partition = &oracle.partitions[&id];
             (partition.limits, partition.life)
         };
-        // A drop whose row was damaged comes back; nobody uses it any more.
+        let slot = session.store.open_partition(id, limits);
         if life == Life::Live {
-            let slot = session.store.open_partition(id, limits);
             session.slots.borrow_mut().insert(id, slot);
+        } else {
+            // Its drop did not come to its end, or the row of it was damaged.
+            dropped.push((id, slot));
         }
     }
     // Partitions of which nothing was written yet are not found; the metadata still has them.
@@ -395,6 +398,7 @@ async fn open(run: &Rc<Run>) -> Rc<Session> {
     }
     session.set_floors();
     session.store.start(Rc::new(RefCell::new(Sink(run.clone()))));
+    dropped.into_iter().for_each(|(id, slot)| session.delete(id, slot));
     session
 }
 
@@ -519,9 +523,13 @@ impl Session {
             return;
         }
         let Some((id, slot)) = self.pick() else { return };
-        let (run, store) = (self.run.clone(), self.store.clone());
         self.slots.borrow_mut().remove(&id);
         self.readers.borrow_mut().remove(&id);
+        self.delete(id, slot);
+    }
+
+    fn delete(&self, id: PartitionId, slot: PartitionSlot) {
+        let (run, store) = (self.run.clone(), self.store.clone());
         run.world.event(format_args!("drop {id}"));
         run.oracle.borrow_mut().partitions.get_mut(&id).expect("a known partition").life = Life::Dropping;
         run.world.executor.clone().spawn(async move {

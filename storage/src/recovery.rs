@@ -336,6 +336,8 @@ pub(crate) async fn replay<I: Io>(
             visitor.pause().await?;
             continue;
         };
+        let found = block.header.map(|header| header.id.sequence);
+        tracing::debug!(segment = order[at].1.0, position, expected = chain.sequence, found, ?problem, "no next block");
         if sealed && replayed.blocks == 0 && problem == Misfit::Nothing {
             break;
         }
@@ -368,10 +370,10 @@ pub(crate) async fn replay<I: Io>(
         if !jump || problem == Misfit::Damaged || start.is_some() {
             let end_position = match (jump, later.position == position) {
                 (true, _) => reader.bytes,
-                (false, true) => later.position + later.block_bytes,
-                (false, false) => later.position,
+                (false, true) if later.ends.is_none() => later.position + later.block_bytes,
+                (false, _) => later.position,
             };
-            let sequences = chain.sequence.unwrap_or(1)..later.sequence;
+            let sequences = chain.sequence.unwrap_or(1)..later.ends.unwrap_or(later.sequence);
             let mut places = vec![(at, position, end_position)];
             if jump && segment::HEADER_BYTES < later.position {
                 // What is missing may have been at the start of the other as well.
@@ -380,6 +382,7 @@ pub(crate) async fn replay<I: Io>(
                     places.remove(0);
                 }
             }
+            places.retain(|(_, start_position, end_position)| start_position < end_position);
             for (index, start_position, end_position) in places {
                 tracing::error!(
                     shard = shard.0,
@@ -415,6 +418,12 @@ pub(crate) async fn replay<I: Io>(
             reader = Reader::open(io, dir, segments, order[at], shard).await?;
         }
         position = later.position;
+        if let Some(next_sequence) = later.ends {
+            let (generation, segment) = order[at];
+            replayed.torn = Some(TornTail { segment: segment.0, position });
+            replayed.end = Some(JournalEnd { segment, generation, position, next_sequence, previous_crc: 0 });
+            break;
+        }
         chain = Chain { sequence: Some(later.sequence), crc: None };
     }
     if replayed.end.is_none() {
@@ -487,10 +496,25 @@ fn lost_extents(bytes: &[u8], sequences: &std::ops::Range<u64>, lost: &mut Vec<L
         let Ok(header) = block::extent_header(&bytes[position..]) else { continue };
         let plausible = header.record_count <= header.entry_count as u64 * batch::RECORDS_MAX as u64;
         if header.kind == ExtentKind::Data && sequences.contains(&header.block_sequence) && plausible {
+            let body = &bytes[position + EXTENT_HEADER_BYTES..];
+            let header = trusted(&header, &body[..body.len().min(header.body_bytes as usize)]);
             visitor.lost(&header);
             let offsets = header.base_offset..header.next_offset();
             lost.push(LostRange { partition: header.ledger.partition, offsets });
         }
+    }
+}
+
+/// The header of an extent in a block that is not whole, with offsets as its batches have them if they can all be read: a
+/// bit of the header may be what is bad.
+fn trusted(header: &ExtentHeader, body: &[u8]) -> ExtentHeader {
+    let batches: Option<Vec<_>> = block::batches(body).map(|bytes| batch::check_appended(bytes?).ok()).collect();
+    match batches.as_deref() {
+        Some([first, rest @ ..]) if rest.len() + 1 == header.entry_count as usize => {
+            let record_count = first.record_count as u64 + rest.iter().map(|batch| batch.record_count as u64).sum::<u64>();
+            ExtentHeader { base_offset: first.base_offset, record_count, ..*header }
+        }
+        Some(_) | None => *header,
     }
 }
 
@@ -601,14 +625,81 @@ impl Chain {
     }
 }
 
+/// Where the journal goes on behind a bad block.
 struct Later {
     at: usize,
     position: u64,
     block_bytes: u64,
     sequence: u64,
+    /// Batches in it are bad.
+    damaged: bool,
+    /// It was never acknowledged: the journal ends here, and this sequence is the next.
+    ends: Option<u64>,
 }
 
-/// The first whole block behind a bad one, if a block behind it says that the bad one was durable.
+/// What is found behind a bad block.
+struct Search {
+    /// The sequence that is missing.
+    expected: u64,
+    /// Whether blocks before `expected` may have been there and are gone with their segments.
+    is_start: bool,
+    first: Option<Later>,
+    /// A good block that lies where the missing one should: a copy of one that comes later, or what comes next when blocks
+    /// before it were moved here from elsewhere. Then nothing behind it is lower.
+    misplaced: Option<Later>,
+    /// All blocks up to this were durable, as later ones say.
+    durable: u64,
+    /// Nothing is missing: the block that is looked for was found whole.
+    links: bool,
+}
+
+impl Search {
+    fn take(&mut self, later: Later, durable_sequence: u64, at_bad_position: bool, links: bool) {
+        self.durable = self.durable.max(durable_sequence);
+        self.links |= links;
+        // A lower one behind a higher: the higher is a copy that a misdirected write left there. And of a block with bad
+        // batches there may be a copy that is whole.
+        let rank = |later: &Later| (later.sequence, later.damaged);
+        let better = self.first.as_ref().is_none_or(|first| rank(&later) < rank(first));
+        if at_bad_position && !later.damaged {
+            self.misplaced = Some(later);
+        } else if better {
+            self.first = Some(later);
+        }
+    }
+
+    fn best(&self) -> Option<&Later> {
+        if self.is_misplaced_lower() { self.misplaced.as_ref() } else { self.first.as_ref() }
+    }
+
+    fn is_misplaced_lower(&self) -> bool {
+        let Some(misplaced) = &self.misplaced else { return false };
+        self.first.as_ref().is_none_or(|first| misplaced.sequence < first.sequence)
+    }
+
+    /// Whether the best was durable, as far as anybody can tell.
+    fn is_settled(&self) -> bool {
+        let Some(best) = self.best() else { return false };
+        // In a rebuild, segments before this one may have been used again: then nothing is missing here.
+        let before = if self.is_start { self.expected } else { best.sequence - 1 };
+        let needed = if best.damaged { best.sequence } else { before };
+        self.durable >= needed || self.links && !best.damaged && best.sequence == self.expected
+    }
+
+    fn finish(mut self) -> Option<Later> {
+        let settled = self.is_settled();
+        if !settled && self.durable < self.expected {
+            return None;
+        }
+        let mut later = if self.is_misplaced_lower() { self.misplaced.take() } else { self.first.take() }?;
+        if !settled {
+            later.ends = Some(self.durable.saturating_add(1).min(later.sequence));
+        }
+        Some(later)
+    }
+}
+
+/// Where the journal goes on behind a bad block, if a block behind it says that the bad one was durable.
 async fn find_later<I: Io>(
     io: &I,
     dir: &Path,
@@ -623,12 +714,9 @@ async fn find_later<I: Io>(
     }
     // Without an index, what is missing is at the very start.
     let expected = chain.sequence.unwrap_or(1);
+    let is_start = chain.sequence.is_none();
+    let mut search = Search { expected, is_start, first: None, misplaced: None, durable: 0, links: false };
     let shard = reader.shard;
-    let mut first: Option<Later> = None;
-    let mut vouched = false;
-    // A good block that lies where the missing one should: a copy of one that comes later, or what comes next when blocks
-    // before it were moved here from elsewhere. Then nothing behind it is lower.
-    let mut misplaced: Option<Later> = None;
     let mut block = Parsed::default();
     let mut other;
     for (index, &listed) in order.iter().enumerate().skip(at) {
@@ -639,51 +727,30 @@ async fn find_later<I: Io>(
             (&mut other, segment::HEADER_BYTES)
         };
         while position + (block::HEADER_BYTES as u64) < reader.bytes {
-            if index != at && first.is_none() && LOOK_AHEAD_BYTES < position {
+            if index != at && search.best().is_none() && LOOK_AHEAD_BYTES < position {
                 break;
             }
-            let found = reader.block(position, &mut block).await?;
-            let header = match (&found, &block.header) {
-                // A block whose batches are bad is a block all the same.
-                (Ok(()), Some(header)) if expected <= header.id.sequence => *header,
-                _ => {
-                    position += ALIGNMENT as u64;
-                    continue;
-                }
+            // A block whose batches are bad is a block all the same.
+            let found = reader.block(position, &mut block).await?.ok().and(block.header);
+            let Some(header) = found.filter(|header| expected <= header.id.sequence) else {
+                position += ALIGNMENT as u64;
+                continue;
             };
-            // A lower one behind a higher: the higher is a copy that a misdirected write left there.
-            let better = first.as_ref().is_none_or(|first| header.id.sequence < first.sequence);
+            let (sequence, damaged) = (header.id.sequence, block.damaged);
             let block_bytes = header.block_bytes as u64;
-            let later = Later { at: index, position, block_bytes, sequence: header.id.sequence };
-            if index == at && position == bad_position && !block.damaged {
-                misplaced = Some(later);
-            } else if better {
-                first = Some(later);
-            }
-            // In a rebuild, segments before this one may have been used again: then nothing is missing here. Nor is anything
-            // before the very block that is looked for.
-            let links = !block.damaged && chain.links(header.id.sequence, header.id.previous_crc);
-            vouched |= expected <= header.id.durable_sequence || links;
-            // A misdirected write may have left several copies in the segment of the bad block: there all are looked at.
-            if index != at && vouched && !better {
-                return Ok(lower(first, misplaced));
-            }
+            let later = Later { at: index, position, block_bytes, sequence, damaged, ends: None };
+            let at_bad_position = index == at && position == bad_position;
+            let links = !damaged && chain.links(sequence, header.id.previous_crc);
+            search.take(later, header.id.durable_sequence, at_bad_position, links);
             // What a block claims whose batches are bad may belong to another.
-            position += if block.damaged { ALIGNMENT as u64 } else { block_bytes };
+            position += if damaged { ALIGNMENT as u64 } else { block_bytes };
         }
-        if vouched && (first.is_some() || misplaced.is_some()) {
+        // Not before all of the segment was looked at: a misdirected write may have left several copies in it.
+        if search.is_settled() {
             break;
         }
     }
-    Ok(lower(first, misplaced).filter(|_| vouched))
-}
-
-/// The one with the lower sequence; `first` when they are the same block.
-fn lower(first: Option<Later>, misplaced: Option<Later>) -> Option<Later> {
-    match (first, misplaced) {
-        (Some(first), Some(misplaced)) if misplaced.sequence < first.sequence => Some(misplaced),
-        (first, misplaced) => first.or(misplaced),
-    }
+    Ok(search.finish())
 }
 
 /// The lowest sequence of a whole block in the segment.
