@@ -91,7 +91,8 @@ fn excuse(oracle: &mut Oracle, block: &FoundBlock) {
 }
 
 fn find_blocks(file: usize, state: &FileState, out: &mut Vec<FoundBlock>) {
-    let bytes = state.read(0, state.len() as usize);
+    // What is not durable yet may go before anybody can ask it what was.
+    let bytes = state.media();
     // Page by page: a header that strayed here may claim what follows, and nothing but batches says that it is wrong.
     for position in (PAGE_BYTES as usize..bytes.len()).step_by(PAGE_BYTES as usize) {
         let Ok(header) = block::check(&bytes[position..]) else { continue };

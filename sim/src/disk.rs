@@ -78,6 +78,11 @@ impl FileState {
         self.bytes.borrow_mut().resize(bytes as usize, 0);
     }
 
+    /// What is durable.
+    pub fn media(&self) -> Vec<u8> {
+        self.bytes.borrow().clone()
+    }
+
     /// Up to `bytes` from `position`, as readers see them.
     pub fn read(&self, position: u64, bytes: usize) -> Vec<u8> {
         let media = self.bytes.borrow();

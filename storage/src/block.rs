@@ -13,8 +13,8 @@ use drava_protocol::frame::padded;
 use drava_protocol::{LedgerId, PartitionId, ShardId};
 
 use crate::io::ALIGNMENT;
+use crate::segment::SegmentKind;
 
-pub const MAGIC: [u8; 4] = *b"DRVB";
 pub const VERSION: u16 = 1;
 pub const HEADER_BYTES: usize = 64;
 pub const EXTENT_HEADER_BYTES: usize = 64;
@@ -25,6 +25,8 @@ pub const BLOCK_BYTES_MAX: usize = 64 << 20;
 /// The fields of a block that its writer decides before the content is known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlockId {
+    /// Of the use of the segment that holds it.
+    pub kind: SegmentKind,
     pub shard: ShardId,
     /// Of the segment that holds it.
     pub generation: u64,
@@ -161,7 +163,7 @@ impl<'a> BlockWriter<'a> {
         assert!(id.sequence == self.sequence, "extents of block {} in block {}", self.sequence, id.sequence);
         let block_bytes = self.bytes.len() as u32;
         let mut h = [0; HEADER_BYTES];
-        h[0..4].copy_from_slice(&MAGIC);
+        h[0..4].copy_from_slice(magic(id.kind));
         h[4..6].copy_from_slice(&VERSION.to_le_bytes());
         h[6..8].copy_from_slice(&id.shard.0.to_le_bytes());
         h[8..16].copy_from_slice(&id.generation.to_le_bytes());
@@ -179,20 +181,27 @@ impl<'a> BlockWriter<'a> {
     }
 }
 
+fn magic(kind: SegmentKind) -> &'static [u8; 4] {
+    match kind {
+        SegmentKind::Journal => b"DRVB",
+        SegmentKind::Compacted => b"DRVC",
+    }
+}
+
 /// Reads the header at the start of `bytes`, which may be shorter than the block. Its checksum is not compared yet.
 pub fn header(bytes: &[u8]) -> Result<BlockHeader, BlockError> {
     let Some(h) = bytes.first_chunk::<HEADER_BYTES>() else {
         return Err(BlockError::Length { said: HEADER_BYTES as u64, have: bytes.len() });
     };
-    if h[0..4] != MAGIC {
-        return Err(BlockError::Magic);
-    }
+    let kinds = [SegmentKind::Journal, SegmentKind::Compacted];
+    let kind = kinds.into_iter().find(|kind| h[0..4] == *magic(*kind)).ok_or(BlockError::Magic)?;
     let version = u16::from_le_bytes([h[4], h[5]]);
     if version != VERSION {
         return Err(BlockError::Version(version));
     }
     let header = BlockHeader {
         id: BlockId {
+            kind,
             shard: ShardId(u16::from_le_bytes([h[6], h[7]])),
             generation: u64_at(h, 8),
             sequence: u64_at(h, 16),
@@ -458,7 +467,14 @@ mod tests {
 
     fn sample() -> Vec<u8> {
         let mut bytes = vec![0xaa; 2 * ALIGNMENT];
-        let id = BlockId { shard: ShardId(3), generation: 7, sequence: 9, durable_sequence: 8, previous_crc: 5 };
+        let id = BlockId {
+            kind: SegmentKind::Journal,
+            shard: ShardId(3),
+            generation: 7,
+            sequence: 9,
+            durable_sequence: 8,
+            previous_crc: 5,
+        };
         let mut writer = BlockWriter::new(&mut bytes, 9);
         let mut builder = batch::Builder::new(4096);
         let mut body = Vec::new();

@@ -562,6 +562,7 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
         let mut block = std::mem::take(&mut self.block);
         block.resize(block_bytes as usize, 0);
         let id = BlockId {
+            kind: SegmentKind::Compacted,
             shard: self.inner.config.shard,
             generation: output.generation,
             sequence: output.next_sequence,

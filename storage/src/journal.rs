@@ -1044,6 +1044,7 @@ impl<I: Io, P> State<I, P> {
     fn placement(&self, shard: ShardId, segment: SegmentId, position: u64) -> Placement {
         let generation = self.segments[segment.0 as usize].as_ref().expect("a placed segment exists").generation;
         let id = BlockId {
+            kind: SegmentKind::Journal,
             shard,
             generation,
             sequence: self.next_sequence,

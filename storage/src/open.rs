@@ -61,7 +61,9 @@ pub(crate) async fn open<I: Io, T: 'static>(
     }
     let known = |id: SegmentId| {
         let found = loaded.segments.iter().find(|(segment, row)| *segment == id && 0 < row.live_bytes);
-        found.map(|(_, row)| (row.generation, row.kind))
+        let active = loaded.covered.filter(|covered| covered.end.segment == id && 0 < covered.end.generation);
+        let active = active.map(|covered| (covered.end.generation, SegmentKind::Journal));
+        active.or(found.map(|(_, row)| (row.generation, row.kind)))
     };
     let mut segments = recovery::survey(&io, &config.dir, config.shard, &known).await?;
     for &(id, SegmentRow { generation, live_bytes, .. }) in &loaded.segments {

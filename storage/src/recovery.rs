@@ -22,7 +22,7 @@ use crate::index::Covered;
 use crate::io::{ALIGNMENT, File, Io};
 use crate::journal::{JournalEnd, Role, Segment};
 use crate::rebuild::Rebuild;
-use crate::segment::{self, SegmentError, SegmentHeader, SegmentId, SegmentKind};
+use crate::segment::{self, Cut, SegmentError, SegmentHeader, SegmentId, SegmentKind};
 use crate::store::{DamagedRange, LostRange, OpenError, TornTail};
 
 const CHUNK_BYTES: usize = 1 << 20;
@@ -108,12 +108,14 @@ pub(crate) async fn survey<I: Io>(
                         }
                     };
                     let mut use_of_it = (generation, kind);
-                    if generation == 0
-                        && let Some(found) = use_by_first_block(&file, bytes, shard).await
-                    {
-                        // A header that was zeroed or cannot be believed; the blocks say what it said.
-                        tracing::error!(path = %path.display(), generation = found.0, "a segment has blocks and no header");
-                        use_of_it = found;
+                    if generation == 0 {
+                        let found = use_by_blocks(&file, bytes, shard).await;
+                        // Whoever cannot read it must not take it for empty, here neither.
+                        if let Some(found) = found.map_err(open_error(format!("read {}", path.display())))? {
+                            // A header that was zeroed or cannot be believed; the blocks say what it said.
+                            tracing::error!(path = %path.display(), generation = found.0, "a segment has blocks and no header");
+                            use_of_it = found;
+                        }
                     }
                     let (generation, kind) = use_of_it;
                     let cuts = match cuts {
@@ -157,18 +159,23 @@ pub(crate) async fn survey<I: Io>(
     Ok(segments)
 }
 
-/// What the first block says of the use of its segment, if it is whole.
-async fn use_by_first_block<F: File>(file: &F, segment_bytes: u64, shard: ShardId) -> Option<(u64, SegmentKind)> {
-    let head = file.read_at(segment::HEADER_BYTES, ALIGNMENT).await.ok()?;
-    let header = block::header(&head).ok().filter(|header| header.id.shard == shard)?;
-    if segment_bytes < segment::HEADER_BYTES + header.block_bytes as u64 {
-        return None;
+/// What the first whole blocks say of the use of their segment: of several uses the last.
+async fn use_by_blocks<F: File>(file: &F, bytes: u64, shard: ShardId) -> std::io::Result<Option<(u64, SegmentKind)>> {
+    let mut found: Option<BlockHeader> = None;
+    let end_position = bytes.min(segment::HEADER_BYTES + LOOK_AHEAD_BYTES);
+    for start in (segment::HEADER_BYTES..end_position).step_by(CHUNK_BYTES) {
+        let chunk = file.read_at(start, CHUNK_BYTES.min((end_position - start) as usize)).await?;
+        for (page, head) in chunk.chunks(ALIGNMENT).enumerate() {
+            let position = start + (page * ALIGNMENT) as u64;
+            let header = block::header(head).ok().filter(|header| header.id.shard == shard);
+            let newer = header.filter(|header| found.is_none_or(|found| found.id.generation < header.id.generation));
+            let Some(header) = newer.filter(|header| position + header.block_bytes as u64 <= bytes) else { continue };
+            if block::check(&file.read_at(position, header.block_bytes as usize).await?).is_ok() {
+                found = Some(header);
+            }
+        }
     }
-    let bytes = file.read_at(segment::HEADER_BYTES, header.block_bytes as usize).await.ok()?;
-    block::check(&bytes).ok()?;
-    // A journal has its first block in its first segment; every other that starts with the first block is compacted.
-    let compacted = header.id.sequence == 1 && 1 < header.id.generation;
-    Some((header.id.generation, if compacted { SegmentKind::Compacted } else { SegmentKind::Journal }))
+    Ok(found.map(|header| (header.id.generation, header.id.kind)))
 }
 
 /// Runs futures beside one another on this task.
@@ -278,6 +285,7 @@ pub(crate) async fn replay<I: Io>(
         .map_or(segment::HEADER_BYTES, |start| start.position);
     let mut reader = Reader::open(io, dir, segments, order[at], shard).await?;
     let mut block = Parsed::default();
+    let mut stale = Vec::new();
     // Without an index any block fits at the start: a copy that a misdirected write left there would hide those before it.
     let lowest = if start.is_none() { lowest_sequence(&mut reader, &mut block).await? } else { None };
     loop {
@@ -359,8 +367,9 @@ pub(crate) async fn replay<I: Io>(
         if moved {
             continue;
         }
-        let later = find_later(io, dir, segments, &order, (at, position), &chain, &mut reader).await?;
-        let Some(later) = later else {
+        let found = find_later(io, dir, segments, &order, (at, position), &chain, &mut reader).await?;
+        stale = found.stale;
+        let Some(later) = found.later else {
             if problem != Misfit::Nothing {
                 replayed.torn = Some(TornTail { segment: order[at].1.0, position });
             }
@@ -418,10 +427,14 @@ pub(crate) async fn replay<I: Io>(
             reader = Reader::open(io, dir, segments, order[at], shard).await?;
         }
         position = later.position;
-        if let Some(next_sequence) = later.ends {
-            let (generation, segment) = order[at];
-            replayed.torn = Some(TornTail { segment: segment.0, position });
+        let (generation, segment) = order[at];
+        let next_sequence = later.ends.unwrap_or(later.sequence);
+        if later.ends.is_some() || later.block_bytes == 0 {
+            // Nobody can check the link to a block that is not whole.
             replayed.end = Some(JournalEnd { segment, generation, position, next_sequence, previous_crc: 0 });
+        }
+        if later.ends.is_some() {
+            replayed.torn = Some(TornTail { segment: segment.0, position });
             break;
         }
         chain = Chain { sequence: Some(later.sequence), crc: None };
@@ -436,6 +449,15 @@ pub(crate) async fn replay<I: Io>(
         }));
     }
     reader.sync().await?;
+    // Blocks that were in flight behind the end never counted. Were they found again behind damage to what will be written
+    // here, nothing would tell them from those that count.
+    for (_, position) in stale.into_iter().filter(|(index, _)| *index == at) {
+        tracing::debug!(segment = order[at].1.0, position, "erasing a block behind the end");
+        let mut zeros = io.buffer(ALIGNMENT);
+        zeros.as_mut().fill(0);
+        let erased = reader.file.write_at(Rc::new(zeros), position).await;
+        erased.map_err(open_error(format!("erase what is behind the end of segment {}", order[at].1)))?;
+    }
     if let Some(segment) = segments[order[at].1.0 as usize].as_mut() {
         segment.file = Some(reader.file.clone());
     }
@@ -482,6 +504,12 @@ fn taken_over<F>(segments: &[Option<Segment<F>>], order: &[(u64, SegmentId)], se
     let cut = cuts.filter(|cut| cut.covers(generation) && cut.sequence <= sequence).max_by_key(|cut| cut.generation)?;
     // The header that said so is of this generation or a higher one.
     order.iter().position(|(generation, _)| cut.generation <= *generation)
+}
+
+/// What cuts a segment of this generation off behind the block `sequence`.
+fn next_cut<F>(segments: &[Option<Segment<F>>], generation: u64, sequence: u64) -> Option<&Cut> {
+    let cuts = segments.iter().flatten().flat_map(|segment| &segment.cuts);
+    cuts.filter(|cut| cut.covers(generation) && sequence < cut.sequence).min_by_key(|cut| cut.sequence)
 }
 
 /// The first block that does not count in a segment of this generation.
@@ -637,7 +665,16 @@ struct Later {
     ends: Option<u64>,
 }
 
-/// What is found behind a bad block.
+/// What was found behind a bad block.
+#[derive(Default)]
+struct Found {
+    /// `None`: the journal ends before the bad block.
+    later: Option<Later>,
+    /// Blocks behind the end that never counted: their segments in the order, and their positions.
+    stale: Vec<(usize, u64)>,
+}
+
+/// Looks at what is behind a bad block.
 struct Search {
     /// The sequence that is missing.
     expected: u64,
@@ -651,12 +688,15 @@ struct Search {
     durable: u64,
     /// Nothing is missing: the block that is looked for was found whole.
     links: bool,
+    /// All blocks: their segments in the order, and their positions.
+    seen: Vec<(usize, u64)>,
 }
 
 impl Search {
     fn take(&mut self, later: Later, durable_sequence: u64, at_bad_position: bool, links: bool) {
         self.durable = self.durable.max(durable_sequence);
         self.links |= links;
+        self.seen.push((later.at, later.position));
         // A lower one behind a higher: the higher is a copy that a misdirected write left there. And of a block with bad
         // batches there may be a copy that is whole.
         let rank = |later: &Later| (later.sequence, later.damaged);
@@ -686,16 +726,19 @@ impl Search {
         self.durable >= needed || self.links && !best.damaged && best.sequence == self.expected
     }
 
-    fn finish(mut self) -> Option<Later> {
+    fn finish(mut self) -> Found {
         let settled = self.is_settled();
         if !settled && self.durable < self.expected {
-            return None;
+            return Found { later: None, stale: self.seen };
         }
-        let mut later = if self.is_misplaced_lower() { self.misplaced.take() } else { self.first.take() }?;
-        if !settled {
-            later.ends = Some(self.durable.saturating_add(1).min(later.sequence));
+        let later = if self.is_misplaced_lower() { self.misplaced.take() } else { self.first.take() };
+        let Some(mut later) = later else { return Found::default() };
+        if settled {
+            return Found { later: Some(later), stale: Vec::new() };
         }
-        Some(later)
+        later.ends = Some(self.durable.saturating_add(1).min(later.sequence));
+        self.seen.retain(|(at, position)| *at == later.at && later.position <= *position);
+        Found { later: Some(later), stale: self.seen }
     }
 }
 
@@ -708,14 +751,24 @@ async fn find_later<I: Io>(
     (at, bad_position): (usize, u64),
     chain: &Chain,
     reader: &mut Reader<I::File>,
-) -> Result<Option<Later>, OpenError> {
+) -> Result<Found, OpenError> {
     if cfg!(feature = "mutant-truncate-damage") {
-        return Ok(None);
+        return Ok(Found::default());
     }
     // Without an index, what is missing is at the very start.
     let expected = chain.sequence.unwrap_or(1);
     let is_start = chain.sequence.is_none();
-    let mut search = Search { expected, is_start, first: None, misplaced: None, durable: 0, links: false };
+    let mut search =
+        Search { expected, is_start, first: None, misplaced: None, durable: 0, links: false, seen: Vec::new() };
+    // The journal went on elsewhere from the last durable block: those before it in this segment were durable.
+    let cut = next_cut(segments, order[at].0, expected);
+    if let Some(cut) = cut {
+        let at = order.iter().position(|(generation, _)| cut.generation <= *generation);
+        let Some(at) = at else { return Ok(Found::default()) };
+        let position = segment::HEADER_BYTES;
+        search.first = Some(Later { at, position, block_bytes: 0, sequence: cut.sequence, damaged: false, ends: None });
+        search.durable = cut.sequence - 1;
+    }
     let shard = reader.shard;
     let mut block = Parsed::default();
     let mut other;
@@ -782,6 +835,7 @@ struct Reader<F> {
     file: Rc<F>,
     segment: SegmentId,
     generation: u64,
+    kind: SegmentKind,
     shard: ShardId,
     bytes: u64,
     /// The first block that does not count.
@@ -800,7 +854,8 @@ impl<F: File> Reader<F> {
         (generation, segment): (u64, SegmentId),
         shard: ShardId,
     ) -> Result<Reader<F>, OpenError> {
-        let bytes = segments[segment.0 as usize].as_ref().expect("listed above").bytes;
+        let listed = segments[segment.0 as usize].as_ref().expect("listed above");
+        let (bytes, kind) = (listed.bytes, listed.kind);
         let path = segment::path(dir, segment);
         let file = io.open(&path).await.map_err(open_error(format!("open {}", path.display())))?;
         let file = Rc::new(file);
@@ -808,6 +863,7 @@ impl<F: File> Reader<F> {
             file,
             segment,
             generation,
+            kind,
             shard,
             bytes,
             cut_sequence: first_cut(segments, generation),
@@ -837,6 +893,7 @@ impl<F: File> Reader<F> {
             Err(_) => return Ok(Err(Misfit::Nothing)),
         };
         if header.id.generation != self.generation
+            || header.id.kind != self.kind
             || header.id.shard != self.shard
             || self.cut_sequence <= header.id.sequence
             || self.bytes < position + header.block_bytes as u64

@@ -264,6 +264,7 @@ fn block_of(recipe: &mut Recipe<'_>, generation: u64, chain: &mut Chain) -> Vec<
     }
     let used = writer.position();
     let id = BlockId {
+        kind: SegmentKind::Journal,
         shard: ShardId(recipe.mostly(0) as u16),
         generation: recipe.mostly(generation),
         sequence,
