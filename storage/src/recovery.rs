@@ -17,7 +17,7 @@ use std::rc::Rc;
 
 use drava_protocol::{ShardId, batch};
 
-use crate::block::{self, BlockHeader, EXTENT_HEADER_BYTES, ExtentHeader, ExtentKind};
+use crate::block::{self, BlockHeader, BlockId, BlockWriter, EXTENT_HEADER_BYTES, ExtentHeader, ExtentKind};
 use crate::index::Covered;
 use crate::io::{ALIGNMENT, File, Io};
 use crate::journal::{JournalEnd, Role, Segment};
@@ -449,14 +449,9 @@ pub(crate) async fn replay<I: Io>(
         }));
     }
     reader.sync().await?;
-    // Blocks that were in flight behind the end never counted. Were they found again behind damage to what will be written
-    // here, nothing would tell them from those that count.
-    for (_, position) in stale.into_iter().filter(|(index, _)| *index == at) {
-        tracing::debug!(segment = order[at].1.0, position, "erasing a block behind the end");
-        let mut zeros = io.buffer(ALIGNMENT);
-        zeros.as_mut().fill(0);
-        let erased = reader.file.write_at(Rc::new(zeros), position).await;
-        erased.map_err(open_error(format!("erase what is behind the end of segment {}", order[at].1)))?;
+    if let (Some(end), false) = (replayed.end, stale.is_empty()) {
+        let behind = stale.into_iter().filter(|(index, _)| *index == at).map(|(_, position)| position);
+        replayed.end = Some(close(io, &reader, end, behind.collect()).await?);
     }
     if let Some(segment) = segments[order[at].1.0 as usize].as_mut() {
         segment.file = Some(reader.file.clone());
@@ -468,8 +463,42 @@ pub(crate) async fn replay<I: Io>(
     Ok(replayed)
 }
 
+/// Blocks that were in flight behind the end never counted. Were they found again behind damage to what will be written
+/// here, nothing would tell them from those that count. So they are erased; and because they may be all that vouches for
+/// what is before the end, a mark goes there first. Returns the end behind it.
+async fn close<I: Io>(
+    io: &I,
+    reader: &Reader<I::File>,
+    end: JournalEnd,
+    stale: Vec<u64>,
+) -> Result<JournalEnd, OpenError> {
+    if reader.bytes < end.position + ALIGNMENT as u64 {
+        return Ok(end);
+    }
+    let id = BlockId {
+        kind: reader.kind,
+        shard: reader.shard,
+        generation: end.generation,
+        sequence: end.next_sequence,
+        durable_sequence: end.next_sequence - 1,
+        previous_crc: end.previous_crc,
+    };
+    let mut mark = io.buffer(ALIGNMENT);
+    let crc = BlockWriter::new(mark.as_mut(), id.sequence).finish(&id);
+    let written = reader.file.write_at(Rc::new(mark), end.position).await;
+    written.map_err(open_error(format!("write a mark to segment {}", end.segment)))?;
+    let position = end.position + ALIGNMENT as u64;
+    for stale in stale.into_iter().filter(|stale| position <= *stale) {
+        let mut zeros = io.buffer(ALIGNMENT);
+        zeros.as_mut().fill(0);
+        let erased = reader.file.write_at(Rc::new(zeros), stale).await;
+        erased.map_err(open_error(format!("erase what is behind the end of segment {}", end.segment)))?;
+    }
+    Ok(JournalEnd { position, next_sequence: end.next_sequence + 1, previous_crc: crc, ..end })
+}
+
 /// Makes a segment behind the end a spare. Blocks in it were in flight and never counted: they must not be found again
-/// when the segments before it are gone, so it gets another generation before anything is written.
+/// when the journal comes to their sequences, so it gets another generation before anything is written.
 async fn retire<I: Io>(
     io: &I,
     dir: &Path,
@@ -477,23 +506,17 @@ async fn retire<I: Io>(
     segments: &mut [Option<Segment<I::File>>],
     listed: (u64, SegmentId),
 ) -> Result<(), OpenError> {
-    let mut reader = Reader::open(io, dir, segments, listed, shard).await?;
-    let head = reader.at(segment::HEADER_BYTES, block::HEADER_BYTES).await?;
-    let holds_blocks = block::header(head).is_ok_and(|header| header.id.generation == listed.0);
+    let reader = Reader::open(io, dir, segments, listed, shard).await?;
     let highest = segments.iter().flatten().map(|segment| segment.generation).max().unwrap_or(0);
     let Some(segment) = segments[listed.1.0 as usize].as_mut() else { return Ok(()) };
     segment.role = Role::Spare;
-    if holds_blocks {
-        segment.generation = highest + 1;
-        let mut buffer = io.buffer(ALIGNMENT);
-        let (generation, kind) = (segment.generation, segment.kind);
-        let header = SegmentHeader { shard, segment: listed.1, generation, kind };
-        segment::encode(&header, buffer.as_mut());
-        segment::encode_cuts(&segment.cuts, buffer.as_mut());
-        let written = reader.file.write_at(Rc::new(buffer), 0).await;
-        written.map_err(open_error(format!("write the header of segment {}", listed.1)))?;
-    }
-    Ok(())
+    segment.generation = highest + 1;
+    let mut buffer = io.buffer(ALIGNMENT);
+    let (generation, kind) = (segment.generation, segment.kind);
+    segment::encode(&SegmentHeader { shard, segment: listed.1, generation, kind }, buffer.as_mut());
+    segment::encode_cuts(&segment.cuts, buffer.as_mut());
+    let written = reader.file.write_at(Rc::new(buffer), 0).await;
+    written.map_err(open_error(format!("write the header of segment {}", listed.1)))
 }
 
 /// How many segments further the journal goes on with the block `sequence`, because a write in the first of `order`
