@@ -827,7 +827,8 @@ impl<I: Io, T: 'static> Store<I, T> {
         }
     }
 
-    /// Retention keeps everything from this offset on: the lowest durable cursor. `None`: no cursor holds anything.
+    /// Retention keeps everything from this offset on: the lowest cursor that was handed to `append_state`. `None`: no
+    /// cursor holds anything.
     pub fn set_floor(&self, slot: PartitionSlot, offset: Option<u64>) {
         self.0.partitions.borrow_mut().list[slot.0 as usize].floor = offset;
     }
