@@ -2,8 +2,8 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 use drava_client::{CachePolicy, Client, Durability, TopicPolicy};
-use drava_protocol::message::{PartitionState, Topic};
-use serde_json::json;
+use drava_protocol::message::{PartitionPlace, PartitionState, Topic};
+use serde_json::{Value, json};
 
 use super::Failure;
 use super::connect::{ServerOptions, block_on};
@@ -214,7 +214,7 @@ fn durability_name(durability: Durability) -> &'static str {
     }
 }
 
-fn topic_json(topic: &Topic) -> serde_json::Value {
+fn topic_json(topic: &Topic) -> Value {
     let policy = &topic.policy;
     json!({
         "topic": topic.topic,
@@ -228,18 +228,11 @@ fn topic_json(topic: &Topic) -> serde_json::Value {
             "replicas": policy.replicas,
             "ack_quorum": policy.ack_quorum,
         },
-        "partitions": topic.partitions.iter().map(|place| json!({
-            "partition": place.partition,
-            "index": place.index,
-            "node": place.node,
-            "shard": place.shard,
-            "host": place.host,
-            "port": place.port,
-        })).collect::<Vec<_>>(),
+        "partitions": topic.partitions.iter().map(place_json).collect::<Vec<_>>(),
     })
 }
 
-fn partition_json((place, state): (&drava_protocol::message::PartitionPlace, &PartitionState)) -> serde_json::Value {
+fn place_json(place: &PartitionPlace) -> Value {
     json!({
         "partition": place.partition,
         "index": place.index,
@@ -247,14 +240,22 @@ fn partition_json((place, state): (&drava_protocol::message::PartitionPlace, &Pa
         "shard": place.shard,
         "host": place.host,
         "port": place.port,
-        "start_offset": state.start_offset,
-        "end_offset": state.end_offset,
-        "ledgers": state.ledgers,
-        "stored_bytes": state.stored_bytes,
-        "subscriptions": state.subscriptions.iter().map(|subscription| json!({
+    })
+}
+
+fn partition_json((place, state): (&PartitionPlace, &PartitionState)) -> Value {
+    let mut partition = place_json(place);
+    partition["start_offset"] = state.start_offset.into();
+    partition["end_offset"] = state.end_offset.into();
+    partition["ledgers"] = state.ledgers.into();
+    partition["stored_bytes"] = state.stored_bytes.into();
+    let subscriptions = state.subscriptions.iter().map(|subscription| {
+        json!({
             "name": subscription.name,
             "offset": subscription.offset,
             "connected": subscription.connected,
-        })).collect::<Vec<_>>(),
-    })
+        })
+    });
+    partition["subscriptions"] = subscriptions.collect();
+    partition
 }

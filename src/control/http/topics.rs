@@ -24,9 +24,6 @@ use super::body;
 use super::problem::Problem;
 use super::routes::{Shared, local};
 
-/// Names in one answer when the client does not say.
-const LIMIT_DEFAULT: u32 = 100;
-const LIMIT_MAX: u32 = 1000;
 /// Partitions that one describe asks about at the same time.
 const DESCRIBES_MAX: usize = 64;
 /// What a name without a leading slash is below.
@@ -273,7 +270,7 @@ pub struct ListQuery {
 
 impl Default for ListQuery {
     fn default() -> Self {
-        ListQuery { prefix: String::new(), after: String::new(), limit: LIMIT_DEFAULT }
+        ListQuery { prefix: String::new(), after: String::new(), limit: body::PAGE_LIMIT_DEFAULT }
     }
 }
 
@@ -296,11 +293,9 @@ pub async fn list(
     query: Result<Query<ListQuery>, QueryRejection>,
 ) -> Result<Json<TopicList>, Problem> {
     let query = body::query(query)?;
-    if !(1..=LIMIT_MAX).contains(&query.limit) {
-        return Err(Problem::invalid(format!("limit is {}; it must be in 1..={LIMIT_MAX}", query.limit)));
-    }
+    let limit = body::page_limit(query.limit)?;
     let image = shared.admin.image();
-    Ok(Json(page(&image.topics, &full(&query.prefix), &full(&query.after), query.limit as usize)))
+    Ok(Json(page(&image.topics, &full(&query.prefix), &full(&query.after), limit)))
 }
 
 /// Creates a topic
