@@ -85,6 +85,9 @@ pub struct PolicyOptions {
     /// Delete the oldest of a partition beyond this size, a ledger at a time: 10GiB. 0: no limit.
     #[arg(long, default_value = "0", value_parser = quantity::bytes, value_name = "SIZE")]
     retention_bytes: u64,
+    /// Delete what every subscription has passed, a ledger at a time. What one of them has not acknowledged is kept.
+    #[arg(long)]
+    trim_consumed: bool,
     /// What one partition may hold in the cache of its shard: a size, a share, or none. Shared: as much as there is.
     #[arg(long, default_value = "shared", value_parser = quantity::cache, value_name = "shared|none|SIZE|PERCENT%")]
     cache: CachePolicy,
@@ -100,6 +103,7 @@ impl PolicyOptions {
             },
             retention_ms: self.retention,
             retention_bytes: self.retention_bytes,
+            trim_consumed: self.trim_consumed,
             cache: self.cache,
             ..TopicPolicy::default()
         }
@@ -156,11 +160,12 @@ async fn describe(client: &Client, target: &Target) -> Result<(), Failure> {
             let policy = &topic.policy;
             let or = |zero: &str, value: u64, text: String| if value == 0 { zero.to_owned() } else { text };
             print(format!(
-                "{}\ndurability {}; retention {}, {}; cache {}\n",
+                "{}\ndurability {}; retention {}, {}, consumed messages {}; cache {}\n",
                 topic.name,
                 durability_name(policy.durability),
                 or("for ever", policy.retention_ms, format!("{} s", policy.retention_ms / 1000)),
                 or("any size", policy.retention_bytes, bytes_text(policy.retention_bytes)),
+                if policy.trim_consumed { "deleted" } else { "kept" },
                 cache_text(policy.cache),
             ))?;
             let rows = topic.partitions.iter().zip(&states).map(|(place, state)| {
@@ -224,6 +229,7 @@ fn topic_json(topic: &Topic) -> Value {
             "durability": durability_name(policy.durability),
             "retention_ms": policy.retention_ms,
             "retention_bytes": policy.retention_bytes,
+            "trim_consumed": policy.trim_consumed,
             "cache": cache_text(policy.cache),
             "replicas": policy.replicas,
             "ack_quorum": policy.ack_quorum,

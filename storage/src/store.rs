@@ -142,8 +142,8 @@ pub struct PartitionLimits {
     pub retention_bytes: Option<u64>,
     /// What the partition may hold in the ledger cache. `None`: as much as the shard has.
     pub cache_bytes: Option<u64>,
-    /// Closed ledgers that every durable cursor has passed are deleted, whatever their age and size. Without a cursor
-    /// nothing is: a subscriber that has not come yet must not find its messages gone.
+    /// Closed ledgers that every cursor has passed (see [`Store::set_floor`]) are deleted, whatever their age and size.
+    /// Without a cursor nothing is: a subscriber that has not come yet must not find its messages gone.
     pub trim_consumed: bool,
 }
 
