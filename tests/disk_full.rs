@@ -4,6 +4,7 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use common::disk::{Disk, skipped};
@@ -20,13 +21,37 @@ const SEGMENT_BYTES: u64 = 8 << 20;
 const PAYLOAD_BYTES: usize = 60_000;
 const BLOCK_BYTES: u64 = 4096;
 
-fn options(disk: &Disk) -> NodeOptions {
+/// A node on a small disk of its own, with some messages in a topic. `None`: no such disk can be made here.
+fn start(dir: &Path) -> Option<(Disk, NodeOptions, Node, Writer)> {
+    let disk = match Disk::make(&dir.join("disk.img"), &dir.join("disk"), DISK_BYTES) {
+        Ok(disk) => disk,
+        Err(reason) => {
+            skipped(&reason);
+            return None;
+        }
+    };
     let mut options = NodeOptions::new(&disk.mount.join("data"))
         .with("DRAVA_STORAGE_SEGMENT_BYTES", SEGMENT_BYTES)
         .with("DRAVA_STORAGE_DISK_RESERVE_BYTES", RESERVE_BYTES)
         .with("DRAVA_STORAGE_INDEX_FLUSH_BYTES", 4 << 20);
     options.shards = 1;
-    options
+    let node = Node::start(&options);
+    let mut kept = Writer::new(&node, "kept", TopicPolicy::default());
+    for _ in 0..300 {
+        kept.publish().unwrap();
+    }
+    Some((disk, options, node, kept))
+}
+
+/// kill -9, and a start with the writers on the new node.
+fn restart<const N: usize>(node: Node, options: &NodeOptions, writers: [&mut Writer; N]) -> Node {
+    node.kill();
+    let node = Node::start(options);
+    for writer in writers {
+        writer.topic = node.connect().lookup(&writer.topic.name);
+        writer.wire = node.connect_owner(&writer.topic, 0);
+    }
+    node
 }
 
 /// A topic of one partition, and all that was acknowledged on it.
@@ -43,12 +68,6 @@ impl Writer {
         let topic = node.connect().topic(name, policy);
         let wire = node.connect_owner(&topic, 0);
         Writer { topic, wire, acked: BTreeMap::new(), unknown: 0 }
-    }
-
-    /// Again with a node that was restarted.
-    fn reconnect(&mut self, node: &Node) {
-        self.topic = node.connect().lookup(&self.topic.name);
-        self.wire = node.connect_owner(&self.topic, 0);
     }
 
     fn partition(&self) -> u64 {
@@ -114,7 +133,7 @@ fn assert_full(refused: &Received) {
 }
 
 /// Takes all room but `left` bytes, as a neighbour on the same disk would.
-fn neighbour(disk: &Disk, left: u64) -> std::path::PathBuf {
+fn neighbour(disk: &Disk, left: u64) -> PathBuf {
     let path = disk.mount.join("neighbour");
     let file = std::fs::File::create(&path).unwrap();
     // In pieces that become smaller: the file system needs blocks of its own for a large one.
@@ -134,24 +153,13 @@ fn neighbour(disk: &Disk, left: u64) -> std::path::PathBuf {
 #[test]
 fn a_full_disk_refuses_publishing_alone_and_takes_it_up_again_when_there_is_room() {
     let dir = tempfile::tempdir().unwrap();
-    let disk = match Disk::make(&dir.path().join("disk.img"), &dir.path().join("disk"), DISK_BYTES) {
-        Ok(disk) => disk,
-        Err(reason) => return skipped(&reason),
-    };
-    let options = options(&disk);
-    let node = Node::start(&options);
-    let mut kept = Writer::new(&node, "kept", TopicPolicy::default());
-    for _ in 0..300 {
-        kept.publish().unwrap();
-    }
+    let Some((disk, options, node, mut kept)) = start(dir.path()) else { return };
     // A neighbour takes the room, with some of the reserve, and leaves again.
     let taken = neighbour(&disk, RESERVE_BYTES / 2);
     kept.fill();
     kept.assert_whole();
     // A start on a full disk serves, so that what fills it can be read and deleted.
-    node.kill();
-    let node = Node::start(&options);
-    kept.reconnect(&node);
+    let node = restart(node, &options, [&mut kept]);
     kept.assert_whole();
     std::fs::remove_file(&taken).unwrap();
     kept.resumes();
@@ -166,10 +174,7 @@ fn a_full_disk_refuses_publishing_alone_and_takes_it_up_again_when_there_is_room
     kept.assert_whole();
     acknowledge(&mut kept);
 
-    node.kill();
-    let node = Node::start(&options);
-    kept.reconnect(&node);
-    deleted.reconnect(&node);
+    let node = restart(node, &options, [&mut kept, &mut deleted]);
     deleted.assert_whole();
     assert_cursor(&mut kept);
 
@@ -190,9 +195,7 @@ fn a_full_disk_refuses_publishing_alone_and_takes_it_up_again_when_there_is_room
     }
     kept.assert_whole();
 
-    node.kill();
-    let node = Node::start(&options);
-    kept.reconnect(&node);
+    let node = restart(node, &options, [&mut kept]);
     kept.assert_whole();
     assert_cursor(&mut kept);
     assert!(node.stop().success());
@@ -201,16 +204,7 @@ fn a_full_disk_refuses_publishing_alone_and_takes_it_up_again_when_there_is_room
 #[test]
 fn a_disk_without_one_free_byte_loses_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let disk = match Disk::make(&dir.path().join("disk.img"), &dir.path().join("disk"), DISK_BYTES) {
-        Ok(disk) => disk,
-        Err(reason) => return skipped(&reason),
-    };
-    let options = options(&disk);
-    let node = Node::start(&options);
-    let mut kept = Writer::new(&node, "kept", TopicPolicy::default());
-    for _ in 0..300 {
-        kept.publish().unwrap();
-    }
+    let Some((disk, options, node, mut kept)) = start(dir.path()) else { return };
     // What a neighbour takes is not the node's to keep: the reserve is gone as well, and what the node writes fails.
     let taken = neighbour(&disk, 0);
     // Long enough for the index to write its tables, which it cannot.
@@ -237,9 +231,7 @@ fn a_disk_without_one_free_byte_loses_nothing() {
         }
     }
     kept.assert_whole();
-    node.kill();
-    let node = Node::start(&options);
-    kept.reconnect(&node);
+    let node = restart(node, &options, [&mut kept]);
     kept.assert_whole();
     kept.publish().unwrap();
     assert!(node.stop().success());

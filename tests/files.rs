@@ -250,15 +250,19 @@ fn topics_are_managed_from_the_command_line() {
     let node = Node::start(&NodeOptions::new(dir.path()));
     assert_eq!(succeed_json(&node, &["topic", "list", "--output", "json"]), json!([]));
     let args = ["topic", "create", "orders", "--partitions", "2", "--durability", "memory", "--retention", "7d"];
-    let created = succeed_json(&node, &[&args[..], &["--output", "json"]].concat());
+    let created = succeed_json(&node, &[&args[..], &["--trim-consumed", "--output", "json"]].concat());
     assert_eq!(created["name"], "/public/default/orders");
     assert_eq!(created["policy"]["retention_ms"], 7 * 86_400_000u64);
+    assert_eq!(created["policy"]["trim_consumed"], true);
     succeed(&node, &["topic", "create", "/acme/shop/orders"]);
     let names = json!(["/acme/shop/orders", "/public/default/orders"]);
     assert_eq!(succeed_json(&node, &["topic", "list", "--output", "json"]), names);
     assert_eq!(succeed_json(&node, &["topic", "list", "/acme/", "--output", "json"]), json!(["/acme/shop/orders"]));
     assert!(feed(drava(&node, &["produce", "orders"]), b"a\nb\nc\n").status.success());
     let described = succeed_json(&node, &["topic", "describe", "orders", "--output", "json"]);
+    assert_eq!(described["policy"], created["policy"]);
+    let other = succeed_json(&node, &["topic", "describe", "/acme/shop/orders", "--output", "json"]);
+    assert_eq!(other["policy"]["trim_consumed"], false);
     let partitions = described["partitions"].as_array().unwrap();
     assert_eq!(partitions.iter().map(|partition| partition["end_offset"].as_u64().unwrap()).sum::<u64>(), 3);
     for (partition, port) in partitions.iter().zip(&node.shards) {
@@ -267,6 +271,7 @@ fn topics_are_managed_from_the_command_line() {
     // For people: the same, readable.
     let table = String::from_utf8(succeed(&node, &["topic", "describe", "orders"])).unwrap();
     assert!(table.contains("/public/default/orders") && table.contains("durability memory"), "{table}");
+    assert!(table.contains("consumed messages deleted"), "{table}");
     let deleted = succeed_json(&node, &["topic", "delete", "orders", "--output", "json"]);
     assert_eq!(deleted, json!({"deleted": "orders"}));
     assert_eq!(succeed_json(&node, &["topic", "list", "--output", "json"]), json!(["/acme/shop/orders"]));

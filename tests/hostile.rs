@@ -252,6 +252,17 @@ fn bodies_that_are_no_archives_are_refused() {
             }
         }
     }
+    // A policy with a bool that is neither: the only byte that differs is set to 2.
+    let create = |trim_consumed| {
+        let policy = TopicPolicy { trim_consumed, ..policy(1) };
+        archived(&CreateTopic { name: "refused".to_owned(), policy, exists_ok: false })
+    };
+    let mut neither = create(false);
+    let at = neither.iter().zip(create(true)).position(|(no, yes)| *no != yes).unwrap();
+    neither[at] = 2;
+    let mut wire = node.connect();
+    wire.stream.write_all(&frame_around(Kind::CreateTopic as u8, &neither)).unwrap();
+    assert_refused(&mut wire, ErrorCode::MalformedBody, "a bool of 2");
     node.assert_serves();
 }
 

@@ -45,13 +45,16 @@ fn a_node_that_serves_says_that_it_lives_and_is_ready() {
 fn topics_are_created_listed_described_and_deleted() {
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(&NodeOptions::new(dir.path()));
-    let policy = json!({"partitions": 3, "durability": "memory", "retention_ms": 60_000, "retention_bytes": 1 << 30, "cache": "10%"});
+    let policy = json!({
+        "partitions": 3, "durability": "memory", "retention_ms": 60_000, "retention_bytes": 1 << 30, "trim_consumed": true,
+        "cache": "10%",
+    });
     let made = create(&node, &json!({"name": "orders", "policy": policy}));
     assert_eq!(made.status, 201, "{}", made.body);
     assert_eq!(made.headers["location"], "/v1/topics/public/default/orders".to_owned());
     let topic = made.json();
     assert_eq!(topic["name"], "/public/default/orders");
-    for key in ["partitions", "durability", "retention_ms", "retention_bytes", "cache"] {
+    for key in ["partitions", "durability", "retention_ms", "retention_bytes", "trim_consumed", "cache"] {
         assert_eq!(topic["policy"][key], policy[key]);
     }
     assert_problem(&create(&node, &json!({"name": "orders"})), 409, ErrorCode::TopicExists);
@@ -153,6 +156,10 @@ fn what_is_asked_wrongly_is_a_problem_that_says_what() {
     for policy in [json!({"partitions": 0}), json!({"partitions": 1025}), json!({"ack_quorum": 2})] {
         let answer = create(&node, &json!({"name": "refused", "policy": policy}));
         assert_problem(&answer, 400, ErrorCode::InvalidArgument);
+    }
+    for value in [json!(1), json!("yes"), json!(null), json!([])] {
+        let answer = create(&node, &json!({"name": "refused", "policy": {"trim_consumed": value}}));
+        assert_problem(&answer, 400, ErrorCode::MalformedBody);
     }
     for path in ["/v1/topics?limit=0", "/v1/topics?limit=1001", "/v1/topics?limit=x", "/v1/topics?no=1", "/v1/lookup"] {
         assert_problem(&node.http("GET", path, None), 400, ErrorCode::InvalidArgument);

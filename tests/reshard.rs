@@ -14,13 +14,15 @@ const PARTITIONS: u32 = 7;
 const PRODUCER: u64 = 77;
 const TOPICS: [&str; 2] = ["first", "second"];
 
+/// Of one partition: its sequence, its records, its first offset.
+type LastBatch = (u64, Vec<Vec<u8>>, u64);
+
 /// What was acknowledged, over all starts.
 #[derive(Default)]
 struct Expected {
     /// By topic and index of the partition, by offset.
     messages: BTreeMap<(usize, usize), BTreeMap<u64, Vec<u8>>>,
-    /// The last batch of each: its sequence, its records, its first offset.
-    last: BTreeMap<(usize, usize), (u64, Vec<Vec<u8>>, u64)>,
+    last: BTreeMap<(usize, usize), LastBatch>,
     cursors: BTreeMap<(usize, usize), u64>,
 }
 

@@ -36,42 +36,19 @@ pub fn align_right_from(table: &mut Table, first: usize) {
 
 pub fn limits(limits: &Limits) -> String {
     let mut table = new(&["limit", "MiB/s", "a second", "p50", "p99", "p99.9", "CPU s/GiB"]);
-    let transfer = |transfer: &Transfer, cpu: f64| {
+    let transfers = [
+        ("loopback, received", &limits.loopback, limits.loopback.receiver_cpu_s_per_gib),
+        ("sent from memory", &limits.sender, limits.sender.sender_cpu_s_per_gib),
+    ];
+    for (what, transfer, cpu) in transfers {
         let Transfer { connections, write_bytes, mib_per_s, .. } = *transfer;
-        let shape = format!("{connections} × {} KiB", write_bytes >> 10);
-        (shape, format!("{mib_per_s:.0}"), format!("{cpu:.2}"))
-    };
-    let (shape, rate, cpu) = transfer(&limits.loopback, limits.loopback.receiver_cpu_s_per_gib);
-    table.add_row([
-        format!("loopback, received ({shape})"),
-        rate,
-        String::new(),
-        String::new(),
-        String::new(),
-        String::new(),
-        cpu,
-    ]);
-    let (shape, rate, cpu) = transfer(&limits.sender, limits.sender.sender_cpu_s_per_gib);
-    table.add_row([
-        format!("sent from memory ({shape})"),
-        rate,
-        String::new(),
-        String::new(),
-        String::new(),
-        String::new(),
-        cpu,
-    ]);
+        let name = format!("{what} ({connections} × {} KiB)", write_bytes >> 10);
+        let [rate, cpu] = [format!("{mib_per_s:.0}"), format!("{cpu:.2}")];
+        table.add_row([&name, &rate, "", "", "", "", &cpu]);
+    }
     let quantiles = |latency: &Quantiles| [latency.p50_us, latency.p99_us, latency.p99_9_us].map(show_us);
     let [p50, p99, p99_9] = quantiles(&limits.round_trip);
-    table.add_row([
-        "loopback round trip, 1 KiB".to_owned(),
-        String::new(),
-        String::new(),
-        p50,
-        p99,
-        p99_9,
-        String::new(),
-    ]);
+    table.add_row(["loopback round trip, 1 KiB", "", "", &p50, &p99, &p99_9, ""]);
     for write in &limits.writes {
         let [p50, p99, p99_9] = quantiles(&write.latency);
         let rate = write.depth_4_mib_per_s;

@@ -247,6 +247,7 @@ impl Default for TopicPolicy {
             durability: Durability::Disk,
             retention_ms: 0,
             retention_bytes: 0,
+            trim_consumed: false,
             cache: CachePolicy::SHARED,
             replicas: 1,
             ack_quorum: 1,
@@ -466,6 +467,8 @@ bodies! {
         retention_ms: u64,
         /// Oldest closed ledgers of a partition are deleted while it holds more. 0: no limit.
         retention_bytes: u64,
+        /// Closed ledgers that every subscription has passed are deleted; while there is no subscription, none are.
+        trim_consumed: bool,
         /// What one partition may hold in the ledger cache of its shard.
         cache: CachePolicy,
         /// Nodes that hold each entry.

@@ -100,10 +100,19 @@ fn place() -> impl Strategy<Value = Place> {
 
 fn policy() -> impl Strategy<Value = TopicPolicy> {
     let durability = prop_oneof![Just(Durability::Disk), Just(Durability::Memory)];
-    (any::<(u32, u64, u64, u64, u8, u8)>(), durability).prop_map(|(numbers, durability)| {
-        let (partitions, retention_ms, retention_bytes, cache, replicas, ack_quorum) = numbers;
+    (any::<(u32, u64, u64, bool, u64, u8, u8)>(), durability).prop_map(|(numbers, durability)| {
+        let (partitions, retention_ms, retention_bytes, trim_consumed, cache, replicas, ack_quorum) = numbers;
         let cache = CachePolicy::from_number(cache);
-        TopicPolicy { partitions, durability, retention_ms, retention_bytes, cache, replicas, ack_quorum }
+        TopicPolicy {
+            partitions,
+            durability,
+            retention_ms,
+            retention_bytes,
+            trim_consumed,
+            cache,
+            replicas,
+            ack_quorum,
+        }
     })
 }
 

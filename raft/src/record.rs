@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::types::{Entry, LogId, Vote};
 
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub enum Record {
@@ -82,6 +82,7 @@ mod tests {
             durability: Durability::Memory,
             retention_ms: 4,
             retention_bytes: 5,
+            trim_consumed: true,
             cache: CachePolicy::bytes(6).unwrap(),
             replicas: 7,
             ack_quorum: 8,
@@ -109,7 +110,7 @@ mod tests {
 
     #[test]
     fn the_format_on_disk_has_not_changed() {
-        let golden = include_str!("../golden/records-1.hex");
+        let golden = include_str!("../golden/records-2.hex");
         let found: Vec<String> = records().iter().map(|record| hex(&record.encode())).collect();
         assert_eq!(found, golden.lines().collect::<Vec<_>>(), "a change here needs a new format version");
     }
@@ -124,7 +125,9 @@ mod tests {
     #[test]
     fn damaged_records_are_errors() {
         assert_eq!(Record::decode(&[]), Err(RecordError::Empty));
-        assert_eq!(Record::decode(&[7, 0]), Err(RecordError::Version(7)));
+        for version in [1, 7] {
+            assert_eq!(Record::decode(&[version, 0]), Err(RecordError::Version(version)));
+        }
         for record in records() {
             let bytes = record.encode();
             for end in 1..bytes.len() {

@@ -322,7 +322,7 @@ fn from_stored(stored: StoredState) -> Result<State, StateError> {
 
 #[cfg(test)]
 mod tests {
-    use drava_protocol::message::CachePolicy;
+    use drava_protocol::message::{CachePolicy, Durability};
 
     use super::*;
 
@@ -517,6 +517,26 @@ mod tests {
         };
         assert_eq!(run().encode(), run().encode());
         assert_eq!(State::decode(&run().encode()).unwrap(), run());
+    }
+
+    #[test]
+    fn a_topic_comes_back_with_all_of_its_policy() {
+        let mut state = state(2);
+        let policy = TopicPolicy {
+            partitions: 2,
+            durability: Durability::Memory,
+            retention_ms: 60_000,
+            retention_bytes: 1 << 30,
+            trim_consumed: true,
+            cache: CachePolicy::percent(10).unwrap(),
+            replicas: 1,
+            ack_quorum: 1,
+        };
+        let command = Command::CreateTopic { name: name("a"), policy: policy.clone(), created_ms: 7 };
+        created(&mut state, &command);
+        let read = State::decode(&state.encode()).unwrap();
+        assert_eq!(read.image().topics[&name("a")].policy, policy);
+        assert_eq!(read, state);
     }
 
     #[test]

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::image::Liveness;
 
-/// Of everything below. Counted up when a form changes; older ones are then still read.
-pub const VERSION: u8 = 1;
+/// Of everything below. Counted up when a form changes; from the first release on, older ones are then still read.
+pub const VERSION: u8 = 2;
 
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "Durability")]
@@ -40,6 +40,7 @@ pub(crate) struct PolicyForm {
     durability: Durability,
     retention_ms: u64,
     retention_bytes: u64,
+    trim_consumed: bool,
     #[serde(with = "CacheForm")]
     cache: CachePolicy,
     replicas: u8,

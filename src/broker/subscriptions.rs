@@ -1,8 +1,7 @@
 //! Durable subscriptions of one partition: named cursors, each with at most one consumer.
 //!
 //! A cursor is the offset below which everything is done. It moves forward by acks, anywhere by a seek, and by nothing
-//! else. Moves are collected as dirty; the shard saves them after a short while, at a shutdown, and at once where a
-//! client asked for an answer.
+//! else. The shard saves what moved after a short while, at a shutdown, and at once where a client asked for an answer.
 
 use std::collections::BTreeMap;
 
@@ -18,7 +17,8 @@ pub struct ConsumerKey {
 #[derive(Clone, Debug)]
 struct Subscription {
     cursor: u64,
-    dirty: bool,
+    /// What was last handed to the journal. `None`: nothing yet.
+    saved: Option<u64>,
     consumer: Option<ConsumerKey>,
 }
 
@@ -77,7 +77,7 @@ impl Subscriptions {
         if self.by_name.len() == SUBSCRIPTIONS_MAX as usize {
             return Err(SubscribeError::TooMany);
         }
-        self.by_name.insert(name.to_owned(), Subscription { cursor: start, dirty: true, consumer: Some(consumer) });
+        self.by_name.insert(name.to_owned(), Subscription { cursor: start, saved: None, consumer: Some(consumer) });
         Ok(Attached { cursor: start, created: true, replaced: None })
     }
 
@@ -101,18 +101,13 @@ impl Subscriptions {
         if end < offset {
             return Err(AckError::BeyondEnd { offset, end });
         }
-        if subscription.cursor < offset {
-            subscription.cursor = offset;
-            subscription.dirty = true;
-        }
+        subscription.cursor = subscription.cursor.max(offset);
         Ok(())
     }
 
     /// Moves the cursor anywhere.
     pub fn seek(&mut self, name: &str, consumer: ConsumerKey, offset: u64) -> Result<(), AckError> {
-        let subscription = self.held(name, consumer)?;
-        subscription.cursor = offset;
-        subscription.dirty = true;
+        self.held(name, consumer)?.cursor = offset;
         Ok(())
     }
 
@@ -123,35 +118,39 @@ impl Subscriptions {
 
     /// Takes over a saved cursor.
     pub fn restore(&mut self, name: &str, cursor: u64) {
-        self.by_name.insert(name.to_owned(), Subscription { cursor, dirty: false, consumer: None });
+        self.by_name.insert(name.to_owned(), Subscription { cursor, saved: Some(cursor), consumer: None });
     }
 
-    /// Calls `save` for each cursor that moved since it was last saved.
-    pub fn collect(&mut self, mut save: impl FnMut(&str, u64)) {
+    /// Calls `save` for each cursor that moved since it was last saved. Returns whether all are saved now; the others
+    /// come again with the next call.
+    pub fn save<E>(&mut self, mut save: impl FnMut(&str, u64) -> Result<(), E>) -> bool {
+        let mut all = true;
         for (name, subscription) in &mut self.by_name {
-            if std::mem::take(&mut subscription.dirty) {
-                save(name, subscription.cursor);
+            if subscription.saved != Some(subscription.cursor) {
+                match save(name, subscription.cursor) {
+                    Ok(()) => subscription.saved = Some(subscription.cursor),
+                    Err(_) => all = false,
+                }
             }
         }
+        all
     }
 
-    /// A collected cursor could not be saved; it is to be collected again.
-    pub fn not_saved(&mut self, name: &str) {
-        if let Some(subscription) = self.by_name.get_mut(name) {
-            subscription.dirty = true;
-        }
+    /// Calls `save` for one cursor, whether it moved or not.
+    pub fn save_one<E>(&mut self, name: &str, save: impl FnOnce(u64) -> Result<(), E>) -> Result<(), E> {
+        let subscription = self.by_name.get_mut(name).expect("the name of a subscription");
+        save(subscription.cursor)?;
+        subscription.saved = Some(subscription.cursor);
+        Ok(())
     }
 
-    /// Takes the dirty mark of one cursor; its value is to be saved.
-    pub fn collect_one(&mut self, name: &str) -> Option<u64> {
-        let subscription = self.by_name.get_mut(name)?;
-        subscription.dirty = false;
-        Some(subscription.cursor)
-    }
-
-    /// The lowest cursor: nothing from it on may be deleted.
+    /// The lowest cursor, as it is and as it was last saved: nothing from there on may be deleted. A deletion enters the
+    /// journal behind the cursors that allowed it, so that after a crash no cursor points below what is kept.
     pub fn floor(&self) -> Option<u64> {
-        self.by_name.values().map(|subscription| subscription.cursor).min()
+        let lowest = |subscription: &Subscription| {
+            subscription.saved.map_or(subscription.cursor, |saved| saved.min(subscription.cursor))
+        };
+        self.by_name.values().map(lowest).min()
     }
 
     /// Name, cursor, and whether a consumer is attached.
@@ -190,7 +189,7 @@ mod tests {
         assert_eq!(subscriptions.attach("s", B, 0, true).unwrap().replaced, Some(A));
         assert_eq!(subscriptions.ack("s", A, 3, 10), Err(AckError::Unknown));
         subscriptions.ack("s", B, 3, 10).unwrap();
-        assert_eq!(subscriptions.floor(), Some(3));
+        assert!(subscriptions.iter().eq([("s", 3, true)]));
     }
 
     #[test]
@@ -199,22 +198,46 @@ mod tests {
         subscriptions.attach("s", A, 0, false).unwrap();
         subscriptions.ack("s", A, 7, 10).unwrap();
         subscriptions.ack("s", A, 3, 10).unwrap();
-        assert_eq!(subscriptions.floor(), Some(7));
+        assert!(subscriptions.iter().eq([("s", 7, true)]));
         assert_eq!(subscriptions.ack("s", A, 11, 10), Err(AckError::BeyondEnd { offset: 11, end: 10 }));
         subscriptions.seek("s", A, 2).unwrap();
-        assert_eq!(subscriptions.floor(), Some(2));
+        assert!(subscriptions.iter().eq([("s", 2, true)]));
     }
 
     #[test]
-    fn each_move_is_collected_once() {
+    fn each_move_is_saved_once() {
         let mut subscriptions = Subscriptions::default();
         subscriptions.attach("s", A, 0, false).unwrap();
         subscriptions.attach("t", B, 4, false).unwrap();
-        let mut saved = Vec::new();
-        subscriptions.collect(|name, cursor| saved.push((name.to_owned(), cursor)));
-        assert_eq!(saved, [("s".to_owned(), 0), ("t".to_owned(), 4)]);
+        let mut taken = Vec::new();
+        let all = subscriptions.save(|name, cursor| {
+            taken.push((name.to_owned(), cursor));
+            if name == "s" { Err(()) } else { Ok(()) }
+        });
+        assert_eq!((all, taken), (false, vec![("s".to_owned(), 0), ("t".to_owned(), 4)]));
+        assert!(subscriptions.save(|name, cursor| if (name, cursor) == ("s", 0) { Ok(()) } else { Err(()) }));
         subscriptions.ack("s", A, 1, 10).unwrap();
-        assert_eq!(subscriptions.collect_one("s"), Some(1));
-        subscriptions.collect(|_, _| panic!("nothing moved since"));
+        assert_eq!(subscriptions.save_one("s", |cursor| if cursor == 1 { Ok(()) } else { Err(cursor) }), Ok(()));
+        assert!(subscriptions.save(|_, _| -> Result<(), ()> { panic!("nothing moved since") }));
+    }
+
+    #[test]
+    fn the_floor_moves_up_when_a_cursor_is_saved_and_down_at_once() {
+        let mut subscriptions = Subscriptions::default();
+        assert_eq!(subscriptions.floor(), None);
+        subscriptions.attach("s", A, 3, false).unwrap();
+        subscriptions.attach("t", B, 5, false).unwrap();
+        assert_eq!(subscriptions.floor(), Some(3), "a new subscription holds from its start on");
+        assert!(subscriptions.save(|_, _| Ok::<_, ()>(())));
+        subscriptions.ack("s", A, 9, 10).unwrap();
+        assert_eq!(subscriptions.floor(), Some(3));
+        subscriptions.save_one("s", |_| Err(())).unwrap_err();
+        assert_eq!(subscriptions.floor(), Some(3));
+        subscriptions.save_one("s", |_| Ok::<_, ()>(())).unwrap();
+        assert_eq!(subscriptions.floor(), Some(5));
+        subscriptions.seek("t", B, 1).unwrap();
+        assert_eq!(subscriptions.floor(), Some(1));
+        assert!(subscriptions.delete("t"));
+        assert_eq!(subscriptions.floor(), Some(9));
     }
 }

@@ -90,6 +90,7 @@ mod tests {
             "drava node --config drava.toml --print-config",
             "drava node --listen 127.0.0.1:0 --shards 2 --storage-segment-bytes 8MiB --cores 0,1",
             "drava topic create orders --partitions 4 --durability memory --retention 7d --retention-bytes 10GiB",
+            "drava topic create orders --trim-consumed --retention 7d --cache none",
             "drava topic list --output json",
             "drava topic describe /acme/shop/orders --server 127.0.0.1:7400",
             "drava topic delete orders",
@@ -124,6 +125,7 @@ mod tests {
             "drava produce orders --compression gzip",
             "drava topic create orders --partitions 0",
             "drava topic create orders --retention 7y",
+            "drava topic create orders --trim-consumed maybe",
             "drava completions cmd.exe",
             "drava log verify",
         ] {

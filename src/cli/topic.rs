@@ -2,8 +2,8 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 use drava_client::{CachePolicy, Client, Durability, TopicPolicy};
-use drava_protocol::message::{PartitionState, Topic};
-use serde_json::json;
+use drava_protocol::message::{PartitionPlace, PartitionState, Topic};
+use serde_json::{Value, json};
 
 use super::Failure;
 use super::connect::{ServerOptions, block_on};
@@ -85,6 +85,9 @@ pub struct PolicyOptions {
     /// Delete the oldest of a partition beyond this size, a ledger at a time: 10GiB. 0: no limit.
     #[arg(long, default_value = "0", value_parser = quantity::bytes, value_name = "SIZE")]
     retention_bytes: u64,
+    /// Delete what every subscription has passed, a ledger at a time. What one of them has not acknowledged is kept.
+    #[arg(long)]
+    trim_consumed: bool,
     /// What one partition may hold in the cache of its shard: a size, a share, or none. Shared: as much as there is.
     #[arg(long, default_value = "shared", value_parser = quantity::cache, value_name = "shared|none|SIZE|PERCENT%")]
     cache: CachePolicy,
@@ -100,6 +103,7 @@ impl PolicyOptions {
             },
             retention_ms: self.retention,
             retention_bytes: self.retention_bytes,
+            trim_consumed: self.trim_consumed,
             cache: self.cache,
             ..TopicPolicy::default()
         }
@@ -156,11 +160,12 @@ async fn describe(client: &Client, target: &Target) -> Result<(), Failure> {
             let policy = &topic.policy;
             let or = |zero: &str, value: u64, text: String| if value == 0 { zero.to_owned() } else { text };
             print(format!(
-                "{}\ndurability {}; retention {}, {}; cache {}\n",
+                "{}\ndurability {}; retention {}, {}, consumed messages {}; cache {}\n",
                 topic.name,
                 durability_name(policy.durability),
                 or("for ever", policy.retention_ms, format!("{} s", policy.retention_ms / 1000)),
                 or("any size", policy.retention_bytes, bytes_text(policy.retention_bytes)),
+                if policy.trim_consumed { "deleted" } else { "kept" },
                 cache_text(policy.cache),
             ))?;
             let rows = topic.partitions.iter().zip(&states).map(|(place, state)| {
@@ -214,7 +219,7 @@ fn durability_name(durability: Durability) -> &'static str {
     }
 }
 
-fn topic_json(topic: &Topic) -> serde_json::Value {
+fn topic_json(topic: &Topic) -> Value {
     let policy = &topic.policy;
     json!({
         "topic": topic.topic,
@@ -224,22 +229,16 @@ fn topic_json(topic: &Topic) -> serde_json::Value {
             "durability": durability_name(policy.durability),
             "retention_ms": policy.retention_ms,
             "retention_bytes": policy.retention_bytes,
+            "trim_consumed": policy.trim_consumed,
             "cache": cache_text(policy.cache),
             "replicas": policy.replicas,
             "ack_quorum": policy.ack_quorum,
         },
-        "partitions": topic.partitions.iter().map(|place| json!({
-            "partition": place.partition,
-            "index": place.index,
-            "node": place.node,
-            "shard": place.shard,
-            "host": place.host,
-            "port": place.port,
-        })).collect::<Vec<_>>(),
+        "partitions": topic.partitions.iter().map(place_json).collect::<Vec<_>>(),
     })
 }
 
-fn partition_json((place, state): (&drava_protocol::message::PartitionPlace, &PartitionState)) -> serde_json::Value {
+fn place_json(place: &PartitionPlace) -> Value {
     json!({
         "partition": place.partition,
         "index": place.index,
@@ -247,14 +246,22 @@ fn partition_json((place, state): (&drava_protocol::message::PartitionPlace, &Pa
         "shard": place.shard,
         "host": place.host,
         "port": place.port,
-        "start_offset": state.start_offset,
-        "end_offset": state.end_offset,
-        "ledgers": state.ledgers,
-        "stored_bytes": state.stored_bytes,
-        "subscriptions": state.subscriptions.iter().map(|subscription| json!({
+    })
+}
+
+fn partition_json((place, state): (&PartitionPlace, &PartitionState)) -> Value {
+    let mut partition = place_json(place);
+    partition["start_offset"] = state.start_offset.into();
+    partition["end_offset"] = state.end_offset.into();
+    partition["ledgers"] = state.ledgers.into();
+    partition["stored_bytes"] = state.stored_bytes.into();
+    let subscriptions = state.subscriptions.iter().map(|subscription| {
+        json!({
             "name": subscription.name,
             "offset": subscription.offset,
             "connected": subscription.connected,
-        })).collect::<Vec<_>>(),
-    })
+        })
+    });
+    partition["subscriptions"] = subscriptions.collect();
+    partition
 }

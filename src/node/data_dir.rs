@@ -30,8 +30,6 @@ use super::ports::Ports;
 /// The format that this node writes. It reads 1, too, which named a number of shards instead of a layout.
 pub const FORMAT: u32 = 2;
 
-/// The number behind is that of the metadata group's log.
-const STORES_MAX: u16 = u16::MAX;
 const STORE_PREFIX: &str = "shard-";
 const LOCK_FILE: &str = "lock";
 const FORMAT_FILE: &str = "format.json";
@@ -164,7 +162,8 @@ impl DataDir {
     /// The layout for `shards` shards: new stores for all, and those of today drain.
     pub fn layout_for(&self, shards: u16) -> Result<Layout, DataDirError> {
         let old = &self.format.layout;
-        let next_store = old.next_store.checked_add(shards).filter(|&next| next <= STORES_MAX);
+        // The last number is never a store's: it is that of the metadata group's log.
+        let next_store = old.next_store.checked_add(shards);
         let next_store = next_store.ok_or_else(|| DataDirError::NoStoreLeft { dir: self.path.clone() })?;
         let draining = old.draining.iter().chain(&old.stores).copied().collect();
         Ok(Layout { stores: (old.next_store..next_store).collect(), draining, next_store })
@@ -316,7 +315,7 @@ impl Layout {
         if self.stores.is_empty() {
             return Some("it names no store");
         }
-        if STORES_MAX < self.next_store || all.iter().any(|&store| self.next_store <= store) {
+        if all.iter().any(|&store| self.next_store <= store) {
             return Some("a store has a number that was not given out yet");
         }
         all.windows(2).any(|pair| pair[0] == pair[1]).then_some("a store is in it twice")
@@ -485,10 +484,10 @@ mod tests {
         let mut dir = DataDir::open(&config).unwrap();
         assert_eq!(dir.stores().collect::<Vec<_>>(), [StoreId(5)]);
         assert!(!dir.store(StoreId(17)).exists(), "made by a start that was cut short");
-        let last = Layout { stores: vec![5], draining: Vec::new(), next_store: STORES_MAX - 1 };
+        let last = Layout { stores: vec![5], draining: Vec::new(), next_store: u16::MAX - 1 };
         dir.set_layout(last).unwrap();
         assert!(matches!(dir.layout_for(2), Err(DataDirError::NoStoreLeft { .. })));
-        assert_eq!(dir.layout_for(1).unwrap().stores, [STORES_MAX - 1]);
+        assert_eq!(dir.layout_for(1).unwrap().stores, [u16::MAX - 1]);
         drop(dir);
         for damaged in [
             r#""stores":[],"draining":[],"next_store":1"#,

@@ -312,9 +312,8 @@ impl Shard {
         if let Err(error) = hosted.partition.subscriptions.ack(&consumer.subscription, consumer.key, offset, end) {
             return fail(&error);
         }
-        self.store.set_floor(hosted.slot, hosted.partition.subscriptions.floor());
-        hosted.dirty_cursors = true;
         if correlation == 0 {
+            hosted.dirty_cursors = true;
             connection.unanswered();
             self.cursors_dirty();
             return;
@@ -332,9 +331,13 @@ impl Shard {
         responder: &Responder,
         correlation: u64,
     ) {
-        let cursor = hosted.partition.subscriptions.collect_one(subscription).expect("the subscription was just moved");
-        let row = cursor.to_le_bytes();
-        if let Err(error) = self.store.append_state(hosted.slot, &cursor_key(subscription), Some(&row), Some(token)) {
+        let saved = hosted.partition.subscriptions.save_one(subscription, |cursor| {
+            let row = cursor.to_le_bytes();
+            self.store.append_state(hosted.slot, &cursor_key(subscription), Some(&row), Some(token))
+        });
+        self.store.set_floor(hosted.slot, hosted.partition.subscriptions.floor());
+        if let Err(error) = saved {
+            hosted.dirty_cursors = true;
             let (code, pause) = append_code(&error);
             self.answer_error(responder, correlation, code, pause, &error.to_string());
         }
@@ -364,7 +367,6 @@ impl Shard {
                 .and_then(|h| h.partition.subscriptions.seek(&consumer.subscription, consumer.key, offset).map(|()| h));
             match moved {
                 Ok(hosted) => {
-                    shard.store.set_floor(hosted.slot, hosted.partition.subscriptions.floor());
                     let located = Located { offset, start_offset: span.start_offset, end_offset: span.end_offset };
                     let token = Token::sought(responder.clone(), correlation, located, consumer.clone());
                     shard.save_cursor(hosted, &consumer.subscription, token, &responder, correlation);
@@ -555,22 +557,18 @@ impl Shard {
                 continue;
             }
             let slot = hosted.slot;
-            let mut not_saved = Vec::new();
-            hosted.partition.subscriptions.collect(|name, cursor| {
+            let all_saved = hosted.partition.subscriptions.save(|name, cursor| {
                 let row = cursor.to_le_bytes();
-                if let Err(error) = self.store.append_state(slot, &cursor_key(name), Some(&row), None) {
-                    not_saved.push((name.to_owned(), error));
-                }
+                self.store.append_state(slot, &cursor_key(name), Some(&row), None).inspect_err(|error| {
+                    // A full disk may have room again; a failed one has not.
+                    if matches!(error, AppendError::Full) {
+                        self.cursors_dirty();
+                    }
+                    tracing::warn!(%error, subscription = name, "a cursor could not be saved");
+                })
             });
-            for (name, error) in not_saved {
-                hosted.partition.subscriptions.not_saved(&name);
-                hosted.dirty_cursors = true;
-                // A full disk may have room again; a failed one has not.
-                if matches!(error, AppendError::Full) {
-                    self.cursors_dirty();
-                }
-                tracing::warn!(%error, subscription = name, "a cursor could not be saved");
-            }
+            hosted.dirty_cursors = !all_saved;
+            self.store.set_floor(slot, hosted.partition.subscriptions.floor());
         }
     }
 

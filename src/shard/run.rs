@@ -294,7 +294,7 @@ impl Shard {
             retention_age: (policy.retention_ms != 0).then(|| Duration::from_millis(policy.retention_ms)),
             retention_bytes: (policy.retention_bytes != 0).then_some(policy.retention_bytes),
             cache_bytes: policy.cache.limit_bytes(self.store.config().cache_bytes),
-            trim_consumed: false,
+            trim_consumed: policy.trim_consumed,
         };
         let index = self.by_id.borrow().get(&id.0).copied();
         if let Some(hosted) = index.and_then(|index| {

@@ -142,8 +142,8 @@ pub struct PartitionLimits {
     pub retention_bytes: Option<u64>,
     /// What the partition may hold in the ledger cache. `None`: as much as the shard has.
     pub cache_bytes: Option<u64>,
-    /// Closed ledgers that every durable cursor has passed are deleted, whatever their age and size. Without a cursor
-    /// nothing is: a subscriber that has not come yet must not find its messages gone.
+    /// Closed ledgers that every cursor has passed (see [`Store::set_floor`]) are deleted, whatever their age and size.
+    /// Without a cursor nothing is: a subscriber that has not come yet must not find its messages gone.
     pub trim_consumed: bool,
 }
 
@@ -827,7 +827,8 @@ impl<I: Io, T: 'static> Store<I, T> {
         }
     }
 
-    /// Retention keeps everything from this offset on: the lowest durable cursor. `None`: no cursor holds anything.
+    /// Retention keeps everything from this offset on: the lowest cursor that was handed to `append_state`. `None`: no
+    /// cursor holds anything.
     pub fn set_floor(&self, slot: PartitionSlot, offset: Option<u64>) {
         self.0.partitions.borrow_mut().list[slot.0 as usize].floor = offset;
     }

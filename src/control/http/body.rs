@@ -12,6 +12,10 @@ use serde::de::DeserializeOwned;
 use super::problem::Problem;
 use super::server::HttpConfig;
 
+/// Entries on one page when the client does not say.
+pub const PAGE_LIMIT_DEFAULT: u32 = 100;
+const PAGE_LIMIT_MAX: u32 = 1000;
+
 /// Reads a JSON body. The type refuses unknown fields (`deny_unknown_fields`).
 pub async fn json<T: DeserializeOwned>(headers: &HeaderMap, body: Body, config: &HttpConfig) -> Result<T, Problem> {
     let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
@@ -25,6 +29,19 @@ pub async fn json<T: DeserializeOwned>(headers: &HeaderMap, body: Body, config: 
     }
     let bytes = read(headers, body, config).await?;
     serde_json::from_slice(&bytes).map_err(|error| Problem::new(ErrorCode::MalformedBody, error.to_string()))
+}
+
+/// The query, or what is wrong with it.
+pub fn query<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, Problem> {
+    query.map(|Query(query)| query).map_err(|rejection| Problem::invalid(rejection.body_text()))
+}
+
+/// How many entries a page may have.
+pub fn page_limit(limit: u32) -> Result<usize, Problem> {
+    if !(1..=PAGE_LIMIT_MAX).contains(&limit) {
+        return Err(Problem::invalid(format!("limit is {limit}; it must be in 1..={PAGE_LIMIT_MAX}")));
+    }
+    Ok(limit as usize)
 }
 
 async fn read(headers: &HeaderMap, body: Body, config: &HttpConfig) -> Result<Bytes, Problem> {
@@ -50,9 +67,4 @@ async fn read(headers: &HeaderMap, body: Body, config: &HttpConfig) -> Result<By
             format!("the body did not come within {} ms", config.body_timeout.as_millis()),
         )),
     }
-}
-
-/// The query, or what is wrong with it.
-pub fn query<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, Problem> {
-    query.map(|Query(query)| query).map_err(|rejection| Problem::invalid(rejection.body_text()))
 }

@@ -11,10 +11,6 @@ use super::body;
 use super::problem::Problem;
 use super::routes::{Shared, local};
 
-/// Entries in one answer when the client does not say.
-const LIMIT_DEFAULT: u32 = 100;
-const LIMIT_MAX: u32 = 1000;
-
 /// Something that cannot be read any more. At least one of place and messages is known.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 pub struct DamageEntry {
@@ -76,7 +72,7 @@ pub struct DamageQuery {
 
 impl Default for DamageQuery {
     fn default() -> Self {
-        DamageQuery { start: 0, limit: LIMIT_DEFAULT }
+        DamageQuery { start: 0, limit: body::PAGE_LIMIT_DEFAULT }
     }
 }
 
@@ -94,14 +90,12 @@ pub async fn list(
 ) -> Result<Json<DamageList>, Problem> {
     local(async move {
         let query = body::query(query)?;
-        if !(1..=LIMIT_MAX).contains(&query.limit) {
-            return Err(Problem::invalid(format!("limit is {}; it must be in 1..={LIMIT_MAX}", query.limit)));
-        }
+        let limit = body::page_limit(query.limit)?;
         let found = shared.admin.damage().await;
         let image = shared.admin.image();
         let total = found.iter().map(|(_, damage)| damage.len() as u64).sum();
         let all = found.into_iter().flat_map(|(shard, damage)| damage.into_iter().map(move |entry| (shard, entry)));
-        let page = all.skip(usize::try_from(query.start).unwrap_or(usize::MAX)).take(query.limit as usize);
+        let page = all.skip(usize::try_from(query.start).unwrap_or(usize::MAX)).take(limit);
         let damage: Vec<DamageEntry> = page.map(|(shard, damage)| entry(shard, damage, &image)).collect();
         let end = query.start.saturating_add(damage.len() as u64);
         Ok(Json(DamageList { damage, total, next_start: (end < total).then_some(end) }))

@@ -141,8 +141,11 @@ const SHARD_FIGURES: &[ShardFigure] = &[
     bytes(gauge("drava_receive_memory", "Memory for receiving that connections and staged entries have.", |s| Count(s.receive_bytes))),
 ];
 
-/// The parts of the store's memory: value of the label `part`, and its bytes.
-const MEMORY_PARTS: [(&str, fn(&MemoryFigures) -> u64); 8] = [
+/// Value of the label `part`, and its bytes.
+type MemoryPart = (&'static str, fn(&MemoryFigures) -> u64);
+
+/// The parts of the store's memory.
+const MEMORY_PARTS: [MemoryPart; 8] = [
     ("staged", |memory| memory.staged),
     ("writing", |memory| memory.writing),
     ("cache", |memory| memory.cache),

@@ -328,7 +328,7 @@ fn topics_are_created_described_listed_and_deleted() {
     let node = Node::start(config(), FakeNode::new);
     let policy = json!({
         "partitions": 3, "durability": "memory", "retention_ms": 60_000, "retention_bytes": 1_000_000,
-        "cache": "10%", "replicas": 3, "ack_quorum": 2,
+        "trim_consumed": true, "cache": "10%", "replicas": 3, "ack_quorum": 2,
     });
     let created = node.ask("POST", "/v1/topics", &json!({"name": "orders", "policy": policy}).to_string());
     assert_eq!(created.status, 201, "{created:?}");
@@ -372,8 +372,8 @@ fn a_policy_left_out_is_the_default() {
     assert_eq!(
         created.json()["policy"],
         json!({
-            "partitions": 2, "durability": "disk", "retention_ms": 0, "retention_bytes": 0, "cache": "shared",
-            "replicas": 1, "ack_quorum": 1,
+            "partitions": 2, "durability": "disk", "retention_ms": 0, "retention_bytes": 0, "trim_consumed": false,
+            "cache": "shared", "replicas": 1, "ack_quorum": 1,
         })
     );
     assert_eq!(node.get("/v1/topics/acme/web/shop/clicks").status, 200);
@@ -456,6 +456,9 @@ fn malformed_bodies_are_refused() {
         r#"{"name":"x","policy":{"retention":1}}"#,
         r#"{"name":"x","policy":{"partitions":-1}}"#,
         r#"{"name":"x","policy":{"durability":"Disk"}}"#,
+        r#"{"name":"x","policy":{"trim_consumed":"true"}}"#,
+        r#"{"name":"x","policy":{"trim_consumed":1}}"#,
+        r#"{"name":"x","policy":{"trim_consumed":null}}"#,
         r#"{"name":"x","policy":{"cache":"0%"}}"#,
         r#"{"name":"x","policy":{"cache":4096}}"#,
         r#"{"name":"x","policy":{"replicas":256}}"#,

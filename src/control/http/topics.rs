@@ -24,9 +24,6 @@ use super::body;
 use super::problem::Problem;
 use super::routes::{Shared, local};
 
-/// Names in one answer when the client does not say.
-const LIMIT_DEFAULT: u32 = 100;
-const LIMIT_MAX: u32 = 1000;
 /// Partitions that one describe asks about at the same time.
 const DESCRIBES_MAX: usize = 64;
 /// What a name without a leading slash is below.
@@ -72,6 +69,10 @@ pub struct Policy {
     /// Oldest closed ledgers of a partition are deleted while it holds more. 0: no limit.
     #[schema(default = 0)]
     retention_bytes: u64,
+    /// Closed ledgers that every subscription of the partition has passed are deleted; while there is no subscription,
+    /// none are. Nothing from the lowest cursor on is deleted, by this or by the other limits.
+    #[schema(default = false)]
+    trim_consumed: bool,
     /// What one partition may hold in the ledger cache of its shard: `shared` (as much as there is), `none`, a size
     /// (`64 MiB`, or a number of bytes in quotes), or a share of the cache (`10%`).
     #[schema(value_type = String, default = "shared", example = "10%")]
@@ -93,24 +94,37 @@ impl Default for Policy {
 
 impl From<&message::TopicPolicy> for Policy {
     fn from(policy: &message::TopicPolicy) -> Self {
-        let message::TopicPolicy { partitions, durability, retention_ms, retention_bytes, cache, replicas, ack_quorum } =
-            *policy;
-        let durability = match durability {
-            message::Durability::Disk => Durability::Disk,
-            message::Durability::Memory => Durability::Memory,
-        };
-        Policy { partitions, durability, retention_ms, retention_bytes, cache, replicas, ack_quorum }
+        Policy {
+            partitions: policy.partitions,
+            durability: match policy.durability {
+                message::Durability::Disk => Durability::Disk,
+                message::Durability::Memory => Durability::Memory,
+            },
+            retention_ms: policy.retention_ms,
+            retention_bytes: policy.retention_bytes,
+            trim_consumed: policy.trim_consumed,
+            cache: policy.cache,
+            replicas: policy.replicas,
+            ack_quorum: policy.ack_quorum,
+        }
     }
 }
 
 impl From<Policy> for message::TopicPolicy {
     fn from(policy: Policy) -> Self {
-        let Policy { partitions, durability, retention_ms, retention_bytes, cache, replicas, ack_quorum } = policy;
-        let durability = match durability {
-            Durability::Disk => message::Durability::Disk,
-            Durability::Memory => message::Durability::Memory,
-        };
-        message::TopicPolicy { partitions, durability, retention_ms, retention_bytes, cache, replicas, ack_quorum }
+        message::TopicPolicy {
+            partitions: policy.partitions,
+            durability: match policy.durability {
+                Durability::Disk => message::Durability::Disk,
+                Durability::Memory => message::Durability::Memory,
+            },
+            retention_ms: policy.retention_ms,
+            retention_bytes: policy.retention_bytes,
+            trim_consumed: policy.trim_consumed,
+            cache: policy.cache,
+            replicas: policy.replicas,
+            ack_quorum: policy.ack_quorum,
+        }
     }
 }
 
@@ -273,7 +287,7 @@ pub struct ListQuery {
 
 impl Default for ListQuery {
     fn default() -> Self {
-        ListQuery { prefix: String::new(), after: String::new(), limit: LIMIT_DEFAULT }
+        ListQuery { prefix: String::new(), after: String::new(), limit: body::PAGE_LIMIT_DEFAULT }
     }
 }
 
@@ -296,11 +310,9 @@ pub async fn list(
     query: Result<Query<ListQuery>, QueryRejection>,
 ) -> Result<Json<TopicList>, Problem> {
     let query = body::query(query)?;
-    if !(1..=LIMIT_MAX).contains(&query.limit) {
-        return Err(Problem::invalid(format!("limit is {}; it must be in 1..={LIMIT_MAX}", query.limit)));
-    }
+    let limit = body::page_limit(query.limit)?;
     let image = shared.admin.image();
-    Ok(Json(page(&image.topics, &full(&query.prefix), &full(&query.after), query.limit as usize)))
+    Ok(Json(page(&image.topics, &full(&query.prefix), &full(&query.after), limit)))
 }
 
 /// Creates a topic
