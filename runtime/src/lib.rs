@@ -37,7 +37,7 @@ pub mod mesh {
 
 pub use executor::{Executor, ExecutorConfig, ExecutorHandle};
 pub use glommio::GlommioError;
-pub use task::{spawn, spawn_caught, yield_if_needed, yield_now};
+pub use task::{leave, spawn, spawn_caught, yield_if_needed, yield_now};
 
 /// glommio's error as the `io::Error` that it mostly is.
 pub fn io_error<T>(error: GlommioError<T>) -> std::io::Error {

@@ -47,10 +47,17 @@ pub fn stop_after_panic(panic: &(dyn Any + Send)) -> ! {
         .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("a panic without a message");
     tracing::error!(message, "a task panicked; the node stops");
-    // Not `std::process::exit`: it runs the destructors of C++ statics under the feet of the other threads, and a thread
-    // that falls over them would change the exit code or hang the process.
+    leave(EXIT_PANIC)
+}
+
+/// Ends the process as it stands, whatever its threads do.
+///
+/// `std::process::exit`, and a return from `main`, run the destructors of C++ statics under the feet of the other threads:
+/// RocksDB aborts then, which would change the exit code or hang the process. Whoever calls this has what it promised on
+/// disk, and has flushed what it printed.
+pub fn leave(code: i32) -> ! {
     // SAFETY: `_exit` takes no pointer, touches no memory of ours and does not return.
-    unsafe { libc::_exit(EXIT_PANIC) }
+    unsafe { libc::_exit(code) }
 }
 
 pub(crate) struct Guarded<F>(pub(crate) F);

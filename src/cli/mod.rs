@@ -19,7 +19,6 @@ mod scrub;
 mod topic;
 
 use std::io::Write;
-use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
@@ -45,8 +44,8 @@ enum Command {
     Completions(completions::CompletionsCommand),
 }
 
-/// Runs the command line of this process.
-pub fn main() -> ExitCode {
+/// Runs the command line of this process, and ends it.
+pub fn main() -> ! {
     // clap ends the process itself for --help (0) and for what it does not understand (2).
     let cli = Cli::parse();
     let outcome = match cli.command {
@@ -67,7 +66,9 @@ pub fn main() -> ExitCode {
             failure.exit
         }
     };
-    ExitCode::from(exit.number())
+    // What cannot be printed any more, nobody waits for.
+    drop(std::io::stdout().flush());
+    drava_runtime::leave(i32::from(exit.number()))
 }
 
 #[cfg(test)]

@@ -180,7 +180,7 @@ fn start_control(
             // Whoever still waits for the start hears it; a running node stops, because it must not go on half.
             if ready.send(Err(reason.clone())).is_err() {
                 tracing::error!(reason, "the control core failed; the node stops");
-                std::process::exit(1);
+                drava_runtime::leave(1);
             }
         }
         outcome

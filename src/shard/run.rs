@@ -183,7 +183,7 @@ async fn obey(shard: Rc<Shard>, mut commands: Inbox<ShardCommand>, listen: Liste
                             }
                             Err(error) => {
                                 tracing::error!(shard = %shard.id, port, %error, "cannot listen; the node stops");
-                                std::process::exit(1);
+                                drava_runtime::leave(1);
                             }
                         }
                     }
