@@ -1,8 +1,8 @@
 //! Batches under arbitrary and mutated bytes, and the way from records to a batch and back.
 
 use drava_protocol::batch::{
-    self, APPEND_TIME_MS_MAX, BATCH_BYTES_MAX, BROKER_BYTES, BatchError, Builder, CHECKED_FROM, Compression, HEADER_BYTES, NewRecord,
-    RECORD_HEADER_BYTES, RECORDS_MAX, Records, Seal, broker_fields,
+    self, APPEND_TIME_MS_MAX, BATCH_BYTES_MAX, BROKER_BYTES, BatchError, Builder, CHECKED_FROM, Compression,
+    HEADER_BYTES, NewRecord, RECORD_HEADER_BYTES, RECORDS_MAX, Records, Seal, broker_fields,
 };
 use drava_protocol::error::ErrorCode;
 use proptest::collection::vec;

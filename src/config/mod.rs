@@ -3,7 +3,7 @@
 //! 1. [`option`] has the words of a declaration: type, unit, range.
 //! 2. This module declares the options and what must hold between them.
 //! 3. [`load`] reads them: a flag beats the environment, the environment the file, the file the default.
-//! 4. [`print`] writes the effective file and the reference.
+//! 4. [`mod@print`] writes the effective file and the reference.
 //!
 //! Nobody below `main` reads the environment: values are handed down.
 

@@ -1,7 +1,7 @@
 //! The control core: metadata and the admin, on an executor of its own and never on the data path.
 //!
 //! - [`driver`] runs it: it changes metadata and keeps the shards at the newest image.
-//! - [`handle`] is the door for the tasks of its executor, [`request`] the one for shards and the boot.
+//! - [`request`] is the door for shards and the boot.
 //! - [`shards`] is how it talks to the shards.
 //! - [`meta_disk`] is where the metadata lies.
 //! - [`http`] is the admin.
