@@ -122,7 +122,11 @@ impl TopicCommand {
                         client.create_topic(&target.topic, policy.policy()).await?
                     };
                     match target.output {
-                        Output::Table => print(format!("{}: {} partitions", topic.name, topic.partitions.len())),
+                        Output::Table => {
+                            let count = topic.partitions.len();
+                            let plural = if count == 1 { "" } else { "s" };
+                            print(format!("{}: {count} partition{plural}", topic.name))
+                        }
                         Output::Json => print_json(&topic_json(&topic)),
                     }
                 }

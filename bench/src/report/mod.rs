@@ -65,9 +65,19 @@ fn subtitle(outcome: &Outcome) -> String {
         Kind::Produce | Kind::Tail | Kind::Mixed => options.connections,
     };
     format!(
-        "{} bytes a message, {} a batch, {connections} connections, {} topics × {} partitions, {pace}; {:.1} s measured",
-        options.size, options.batch, options.topics, options.partitions, outcome.elapsed_s
+        "{} bytes a message, {} a batch, {}, {} × {}, {pace}; {:.1} s measured",
+        options.size,
+        options.batch,
+        counted(connections.into(), "connection"),
+        counted(options.topics.into(), "topic"),
+        counted(options.partitions.into(), "partition"),
+        outcome.elapsed_s
     )
+}
+
+fn counted(count: u64, what: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {what}{plural}")
 }
 
 fn cards(outcome: &Outcome) -> String {
@@ -78,9 +88,11 @@ fn cards(outcome: &Outcome) -> String {
         let (value, unit) = thousands(direction.messages_per_s);
         cards.push((format!("{name} messages"), value, format!("{unit}/s")));
         if 0 < direction.latency.count {
-            let (p50, p99) = (show_us(direction.latency.p50_us), show_us(direction.latency.p99_us));
-            cards.push((format!("{name} p50"), p50, String::new()));
-            cards.push((format!("{name} p99"), p99, String::new()));
+            for (quantile, us) in [("p50", direction.latency.p50_us), ("p99", direction.latency.p99_us)] {
+                let shown = show_us(us);
+                let (value, unit) = shown.split_once(' ').unwrap_or((&shown, ""));
+                cards.push((format!("{name} {quantile}"), value.to_owned(), unit.to_owned()));
+            }
         }
     };
     direction("published", &outcome.published);
@@ -182,7 +194,8 @@ fn latencies(outcome: &Outcome) -> String {
 
 fn settings(outcome: &Outcome) -> String {
     let value = serde_json::to_value(&outcome.options).unwrap_or_default();
-    let rows = value.as_object().into_iter().flatten().map(|(name, value)| {
+    let given = value.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
+    let rows = given.map(|(name, value)| {
         let value = value.as_str().map_or(value.to_string(), str::to_owned);
         format!("<tr><th>{}</th><td>{}</td></tr>", escape(name), escape(&value))
     });
