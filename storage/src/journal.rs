@@ -54,6 +54,8 @@ pub(crate) struct Segment<F> {
     /// 0: not used yet.
     pub(crate) generation: u64,
     pub(crate) bytes: u64,
+    /// What the file had once and has no more.
+    pub(crate) cut_off_bytes: u64,
     pub(crate) file: Option<Rc<F>>,
     /// Bytes of extents that somebody may still read.
     pub(crate) live_bytes: u64,
@@ -908,7 +910,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
             },
         };
         let file = self.file(id).await?;
-        let (generation, cuts, rolls) = {
+        let (generation, cuts, rolls, bytes) = {
             let mut state = self.state.borrow_mut();
             state.generation +=
                 if cfg!(feature = "mutant-reuse-generation") { u64::from(state.generation == 0) } else { 1 };
@@ -917,10 +919,11 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 SegmentKind::Journal => state.cuts_for(id, state.generation),
                 SegmentKind::Compacted => Vec::new(),
             };
-            (state.generation, cuts, state.rolls)
+            let bytes = state.segments[id.0 as usize].as_ref().map_or(0, |segment| segment.bytes);
+            (state.generation, cuts, state.rolls, bytes)
         };
         let mut buffer = self.io.buffer(ALIGNMENT);
-        let header = SegmentHeader { shard: self.config.shard, segment: id, generation, kind };
+        let header = SegmentHeader { shard: self.config.shard, segment: id, generation, kind, bytes };
         segment::encode(&header, buffer.as_mut());
         segment::encode_cuts(&cuts, buffer.as_mut());
         file.write_at(Rc::new(buffer), 0).await?;
@@ -998,6 +1001,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
         self.state.borrow_mut().segments[id.0 as usize] = Some(Segment {
             generation: 0,
             bytes: config.segment_bytes,
+            cut_off_bytes: 0,
             file: Some(Rc::new(file)),
             live_bytes: 0,
             last_sequence: 0,

@@ -204,7 +204,10 @@ impl<'a, I: Io> Rebuild<'a, I> {
             finished.index.live.push((segment, SegmentRow { generation, live_bytes, kind }));
             finished.live.push((segment, live_bytes));
         }
-        tracing::info!(shard = self.shard.0, rebuilt = ?self.rebuilt, "the index was made anew");
+        // A new store has none to make.
+        if 0 < self.bytes {
+            tracing::info!(shard = self.shard.0, rebuilt = ?self.rebuilt, "the index was made anew");
+        }
         finished.rebuilt = self.rebuilt;
         Ok(finished)
     }

@@ -68,26 +68,26 @@ pub(crate) async fn survey<I: Io>(
                 async move {
                     // What is behind the last whole block of the file system, nobody wrote.
                     let whole_bytes = bytes - bytes % ALIGNMENT as u64;
-                    if whole_bytes < 2 * segment::HEADER_BYTES {
+                    if whole_bytes < segment::HEADER_BYTES {
                         // It was being made when the node stopped.
                         io.remove(&path).await.map_err(open_error(format!("remove {}", path.display())))?;
                         return Ok(None);
                     }
                     let file = io.open(&path).await.map_err(open_error(format!("open {}", path.display())))?;
                     let head = file.read_at(0, ALIGNMENT).await;
-                    if whole_bytes != bytes {
-                        if matches!(head.as_ref().map(|head| segment::decode(head)), Ok(Ok(None))) {
-                            // It was being made, too: zeros, of which the last were written in part.
-                            io.remove(&path).await.map_err(open_error(format!("remove {}", path.display())))?;
-                            return Ok(None);
-                        }
-                        tracing::error!(path = %path.display(), bytes, "a segment has the wrong length; what is in it is kept");
+                    let is_short = whole_bytes < 2 * segment::HEADER_BYTES || whole_bytes != bytes;
+                    if is_short && matches!(head.as_ref().map(|head| segment::decode(head)), Ok(Ok(None))) {
+                        // It was being made, too: zeros, of which the last were written in part.
+                        io.remove(&path).await.map_err(open_error(format!("remove {}", path.display())))?;
+                        return Ok(None);
                     }
                     let bytes = whole_bytes;
+                    let mut cut_off_bytes = 0;
                     let cuts = head.as_ref().ok().map(|head| segment::decode_cuts(head));
                     let (generation, kind) = match head.map(|head| segment::decode(&head)) {
                         Ok(Ok(None)) => (0, SegmentKind::Journal),
                         Ok(Ok(Some(header))) if header.shard == shard && header.segment == id => {
+                            cut_off_bytes = header.bytes.saturating_sub(bytes);
                             (header.generation, header.kind)
                         }
                         Ok(Ok(Some(header))) => {
@@ -132,6 +132,7 @@ pub(crate) async fn survey<I: Io>(
                     let segment = Segment {
                         generation,
                         bytes,
+                        cut_off_bytes,
                         file: None,
                         live_bytes: 0,
                         last_sequence: 0,
@@ -277,6 +278,7 @@ pub(crate) async fn replay<I: Io>(
     };
     if at == order.len() {
         replayed.end = start;
+        replayed.damaged = cut_off(segments);
         return Ok(replayed);
     }
     let mut chain = Chain { sequence: start.map(|start| start.next_sequence), crc: start.map(|s| s.previous_crc) };
@@ -460,7 +462,21 @@ pub(crate) async fn replay<I: Io>(
     for &listed in &order[(at + 1).min(order.len())..] {
         retire(io, dir, shard, segments, listed).await?;
     }
+    replayed.damaged.extend(cut_off(segments));
     Ok(replayed)
+}
+
+/// The ends of segments in use whose files were cut. What was there is not known.
+fn cut_off<F>(segments: &[Option<Segment<F>>]) -> Vec<DamagedRange> {
+    let in_use = segments.iter().enumerate().filter_map(|(index, segment)| Some((index as u32, segment.as_ref()?)));
+    let cut = in_use.filter(|(_, segment)| segment.role != Role::Spare && 0 < segment.cut_off_bytes);
+    cut.map(|(index, segment)| {
+        let (start_position, generation) = (segment.bytes, segment.generation);
+        let end_position = start_position + segment.cut_off_bytes;
+        tracing::error!(segment = index, start_position, end_position, "a segment is damaged: the end of its file is gone");
+        DamagedRange { segment: index, start_position, end_position, generation, lost: Vec::new() }
+    })
+    .collect()
 }
 
 /// Blocks that were in flight behind the end never counted. Were they found again behind damage to what will be written
@@ -512,8 +528,8 @@ async fn retire<I: Io>(
     segment.role = Role::Spare;
     segment.generation = highest + 1;
     let mut buffer = io.buffer(ALIGNMENT);
-    let (generation, kind) = (segment.generation, segment.kind);
-    segment::encode(&SegmentHeader { shard, segment: listed.1, generation, kind }, buffer.as_mut());
+    let (generation, kind, bytes) = (segment.generation, segment.kind, segment.bytes);
+    segment::encode(&SegmentHeader { shard, segment: listed.1, generation, kind, bytes }, buffer.as_mut());
     segment::encode_cuts(&segment.cuts, buffer.as_mut());
     let written = reader.file.write_at(Rc::new(buffer), 0).await;
     written.map_err(open_error(format!("write the header of segment {}", listed.1)))

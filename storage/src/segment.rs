@@ -55,6 +55,8 @@ pub struct SegmentHeader {
     pub segment: SegmentId,
     pub generation: u64,
     pub kind: SegmentKind,
+    /// The whole file, in bytes: one that has fewer was cut. 0: not said.
+    pub bytes: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -77,6 +79,8 @@ pub fn encode(header: &SegmentHeader, out: &mut [u8]) {
     out[8..16].copy_from_slice(&header.generation.to_le_bytes());
     out[16..20].copy_from_slice(&header.segment.0.to_le_bytes());
     out[20] = header.kind as u8;
+    let pages = u32::try_from(header.bytes / HEADER_BYTES).unwrap_or(0);
+    out[24..28].copy_from_slice(&pages.to_le_bytes());
     let crc = crc32c::crc32c(&out[..CHECKED_BYTES]);
     out[28..32].copy_from_slice(&crc.to_le_bytes());
 }
@@ -107,6 +111,7 @@ pub fn decode(bytes: &[u8]) -> Result<Option<SegmentHeader>, SegmentError> {
         segment: SegmentId(u32::from_le_bytes([h[16], h[17], h[18], h[19]])),
         generation: u64::from_le_bytes(generation),
         kind,
+        bytes: u64::from(u32::from_le_bytes([h[24], h[25], h[26], h[27]])) * HEADER_BYTES,
     }))
 }
 
@@ -197,7 +202,7 @@ mod tests {
     fn a_header_says_what_the_segment_is_for_and_its_checksum_covers_it() {
         let mut bytes = vec![0xff; HEADER_BYTES as usize];
         for kind in [SegmentKind::Journal, SegmentKind::Compacted] {
-            let header = SegmentHeader { shard: ShardId(3), segment: SegmentId(7), generation: 9, kind };
+            let header = SegmentHeader { shard: ShardId(3), segment: SegmentId(7), generation: 9, kind, bytes: 64 << 20 };
             encode(&header, &mut bytes);
             assert_eq!(decode(&bytes), Ok(Some(header)));
         }

@@ -103,6 +103,50 @@ fn a_later_block_in_the_place_of_another_is_damage_and_no_end() {
 }
 
 #[test]
+fn copies_that_a_misdirected_write_left_cost_what_they_lie_on() {
+    // Blocks that were copied, over which, and what is gone then.
+    let cases = [(1..4, 0, 0..1), (0..3, 1, 3..4), (3..6, 0, 0..3), (5..6, 0, 0..1), (2..5, 3, 5..6), (0..2, 4, 4..6)];
+    for (from, to, gone) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        write_blocks(dir.path(), 8);
+        let blocks = items(dir.path(), is_block);
+        let (path, first) = &blocks[0];
+        let at = |block: usize| *first as usize + 4096 * block;
+        assert_eq!(blocks[7].1 as usize, at(7), "a block is a page here");
+        let mut bytes = std::fs::read(path).unwrap();
+        bytes.copy_within(at(from.start)..at(from.end), at(to));
+        std::fs::write(path, &bytes).unwrap();
+        let expected: Vec<_> = (0..8).filter(|offset| !gone.contains(offset)).map(|offset| (offset, offset)).collect();
+        run(async {
+            let f = open(dir.path(), small(dir.path())).await;
+            let (batches, damaged) = f.read_all(slot(&f, 1), 0).await;
+            assert_eq!(batches, expected, "blocks {from:?} over {to}");
+            assert_eq!(damaged, std::slice::from_ref(&gone), "blocks {from:?} over {to}");
+            f.store.close().await;
+        });
+    }
+}
+
+#[test]
+fn a_segment_whose_file_was_cut_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    write_blocks(dir.path(), 6);
+    let (path, position) = items(dir.path(), is_block)[4].clone();
+    let bytes = std::fs::metadata(&path).unwrap().len();
+    for left in [position, position + 100] {
+        std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(left).unwrap();
+        run(async {
+            let f = open(dir.path(), small(dir.path())).await;
+            let told: Vec<_> =
+                f.recovered.damaged.iter().map(|range| range.start_position..range.end_position).collect();
+            assert_eq!(told, std::slice::from_ref(&(position..bytes)));
+            assert_eq!(f.read_all(slot(&f, 1), 0).await.0.len(), 4);
+            f.store.close().await;
+        });
+    }
+}
+
+#[test]
 fn a_flipped_byte_in_a_batch_costs_that_batch_alone() {
     let dir = tempfile::tempdir().unwrap();
     run(async {
@@ -445,19 +489,23 @@ fn a_damaged_segment_header_does_not_lose_its_entries() {
 #[test]
 fn a_lost_segment_header_does_not_lose_what_only_the_journal_has() {
     use std::os::unix::fs::FileExt;
-    for zeroed in [false, true] {
+    // Zeros over the header, and over the first block as well.
+    for zeros in [0, 4096, 8192] {
         let dir = tempfile::tempdir().unwrap();
         write_blocks(dir.path(), 3);
         let (used, _) = items(dir.path(), is_block)[0].clone();
-        if zeroed {
-            let file = std::fs::OpenOptions::new().write(true).open(&used).unwrap();
-            file.write_all_at(&[0; 4096], 0).unwrap();
-        } else {
+        if zeros == 0 {
             flip(&used, 9);
+        } else {
+            let file = std::fs::OpenOptions::new().write(true).open(&used).unwrap();
+            file.write_all_at(&vec![0; zeros], 0).unwrap();
         }
         run(async {
             let f = open(dir.path(), small(dir.path())).await;
-            assert_eq!(f.read_all(slot(&f, 1), 0).await, (vec![(0, 0), (1, 1), (2, 2)], vec![]));
+            let gone = usize::from(zeros == 8192);
+            let (batches, damaged) = f.read_all(slot(&f, 1), 0).await;
+            assert_eq!(batches, [(0, 0), (1, 1), (2, 2)][gone..], "{zeros} zeros");
+            assert_eq!(damaged.len(), gone, "{zeros} zeros");
             f.store.close().await;
         });
     }

@@ -121,7 +121,7 @@ fn a_log_whose_blocks_lie_in_the_wrong_place_is_refused() {
 }
 
 #[test]
-fn a_log_of_an_odd_length_keeps_its_records() {
+fn a_log_that_is_too_long_keeps_its_records_and_one_that_was_cut_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     run(async {
         let (log, _) = open(dir.path()).await;
@@ -130,14 +130,19 @@ fn a_log_of_an_odd_length_keeps_its_records() {
     });
     let path = std::fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
     let bytes = std::fs::metadata(&path).unwrap().len();
-    for odd in [bytes + 1000, bytes - 1000] {
-        std::fs::File::options().write(true).open(&path).unwrap().set_len(odd).unwrap();
-        run(async {
-            let (log, records) = open(dir.path()).await;
-            assert_eq!(records.len(), 1, "{odd} bytes");
-            log.close().await;
-        });
-    }
+    let resize = |bytes| std::fs::File::options().write(true).open(&path).unwrap().set_len(bytes).unwrap();
+    resize(bytes + 1000);
+    run(async {
+        let (log, records) = open(dir.path()).await;
+        assert_eq!(records.len(), 1);
+        log.close().await;
+    });
+    // What was cut off may have been promised to somebody.
+    resize(bytes - 1000);
+    run(async {
+        let opened = RecordLog::open(GlommioIo::new(), dir.path(), CONFIG).await;
+        assert!(opened.is_err_and(|error| error.to_string().contains("damaged")), "a log that was cut");
+    });
 }
 
 #[test]

@@ -203,6 +203,7 @@ fn segment_of(recipe: &mut Recipe<'_>, number: u64, chain: &mut Chain) -> Vec<u8
         segment: SegmentId(recipe.mostly(number) as u32),
         generation,
         kind,
+        bytes: 0,
     };
     segment::encode(&header, &mut out);
     for _ in 0..1 + recipe.u8() % 8 {
