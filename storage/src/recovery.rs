@@ -288,6 +288,7 @@ pub(crate) async fn replay<I: Io>(
     let mut reader = Reader::open(io, dir, segments, order[at], shard).await?;
     let mut block = Parsed::default();
     let mut stale = Vec::new();
+    let mut bad_block_bytes = None;
     // Without an index any block fits at the start: a copy that a misdirected write left there would hide those before it.
     let lowest = if start.is_none() { lowest_sequence(&mut reader, &mut block).await? } else { None };
     loop {
@@ -323,7 +324,8 @@ pub(crate) async fn replay<I: Io>(
             });
             replayed.blocks += 1;
             replayed.bytes += header.block_bytes as u64;
-            position += header.block_bytes as u64;
+            let start_position = position;
+            position += bad_block_bytes.take().unwrap_or(header.block_bytes as u64);
             chain = Chain { sequence: Some(header.id.sequence + 1), crc: Some(header.crc) };
             replayed.end = Some(JournalEnd {
                 segment: order[at].1,
@@ -335,13 +337,7 @@ pub(crate) async fn replay<I: Io>(
             seal(segments, order[at].1, header.id.sequence);
             if block.damaged {
                 // It is one of those found behind a bad block, or bad itself.
-                let end_position = position;
-                note_bad_batches(
-                    &mut replayed.damaged,
-                    order[at],
-                    (end_position - header.block_bytes as u64, end_position),
-                    &block,
-                );
+                note_bad_batches(&mut replayed.damaged, order[at], (start_position, position), &block);
             }
             visitor.pause().await?;
             continue;
@@ -377,6 +373,7 @@ pub(crate) async fn replay<I: Io>(
             }
             break;
         };
+        bad_block_bytes = later.damaged.then_some(later.block_bytes);
         let jump = later.at != at;
         if !jump || problem == Misfit::Damaged || start.is_some() {
             let end_position = match (jump, later.position == position) {
@@ -698,7 +695,7 @@ struct Later {
     position: u64,
     block_bytes: u64,
     sequence: u64,
-    /// Batches in it are bad.
+    /// Batches in it are bad. Then it may not be as long as it says: it may be a copy of the start of another.
     damaged: bool,
     /// It was never acknowledged: the journal ends here, and this sequence is the next.
     ends: Option<u64>,
@@ -772,6 +769,11 @@ impl Search {
         }
         let later = if self.is_misplaced_lower() { self.misplaced.take() } else { self.first.take() };
         let Some(mut later) = later else { return Found::default() };
+        if later.damaged {
+            let next = self.seen.iter().filter(|(at, position)| *at == later.at && later.position < *position);
+            let room = next.map(|(_, position)| position - later.position).min();
+            later.block_bytes = room.map_or(later.block_bytes, |room| later.block_bytes.min(room));
+        }
         if settled {
             return Found { later: Some(later), stale: Vec::new() };
         }

@@ -3,6 +3,7 @@
 //! The limits are measured first, in the same run. Each row then starts a node of its own on an empty data directory,
 //! loads it, and is judged. With two cores the node's shard runs on the first and the load generator on the last.
 
+mod beside;
 pub mod file;
 pub mod kill;
 pub mod node;
@@ -17,6 +18,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use serde_json::json;
 
+use beside::Limit;
 pub use node::{Node, NodeError};
 pub use row::{Row, Target};
 
@@ -121,6 +123,8 @@ pub enum SuiteError {
 enum RowError {
     #[error(transparent)]
     Node(#[from] NodeError),
+    #[error("measure the limit beside it")]
+    Limits(#[from] LimitsError),
     #[error("{0}")]
     Load(String),
     #[error("{faults} faults: {first}")]
@@ -213,7 +217,7 @@ struct Suite {
     limits: Limits,
     machine: Machine,
     /// Several rows are judged by it.
-    publish_batch: Option<Outcome>,
+    publish_batch: Option<(Outcome, Limit)>,
     rows: Vec<Row>,
     nodes: u32,
 }
@@ -246,7 +250,7 @@ impl Drop for Running {
 
 impl Suite {
     fn publish_batch_rows(&mut self) -> Result<(), RowError> {
-        let outcome = self.publish_batch()?;
+        let (outcome, limit) = self.publish_batch()?;
         let large = {
             let running = self.start(1)?;
             let options = LoadOptions { batch: 1000, in_flight: 2, ..self.load(&running) };
@@ -259,7 +263,7 @@ impl Suite {
             what: "durable publish, batches of 64 × 1 KiB, 4 connections, one shard",
             value: rate(&outcome),
             unit: "MiB/s",
-            limit: Some(self.limits.bare_frames.mib_per_s),
+            limit: Some(limit.value),
             target: Target::PartOfLimit(0.8),
             note,
             settings: settings(&outcome),
@@ -284,21 +288,25 @@ impl Suite {
     }
 
     /// The load that others are compared with; run once.
-    fn publish_batch(&mut self) -> Result<Outcome, RowError> {
-        if let Some(outcome) = &self.publish_batch {
-            return Ok(outcome.clone());
+    fn publish_batch(&mut self) -> Result<(Outcome, Limit), RowError> {
+        if let Some(measured) = &self.publish_batch {
+            return Ok(measured.clone());
         }
-        let running = self.start(1)?;
-        let options = self.load(&running);
-        let outcome = self.drive(Kind::Produce, &options)?;
-        self.publish_batch = Some(outcome.clone());
-        Ok(outcome)
+        let measured = self.beside(Suite::bare_frames, |suite| {
+            let running = suite.start(1)?;
+            let options = suite.load(&running);
+            suite.drive(Kind::Produce, &options)
+        })?;
+        self.publish_batch = Some(measured.clone());
+        Ok(measured)
     }
 
     fn publish_single(&mut self) -> Result<(), RowError> {
-        let running = self.start(1)?;
-        let options = LoadOptions { batch: 1, connections: 32, in_flight: 128, ..self.load(&running) };
-        let outcome = self.drive(Kind::Produce, &options)?;
+        let (outcome, limit) = self.beside(Suite::bare_singles, |suite| {
+            let running = suite.start(1)?;
+            let options = LoadOptions { batch: 1, connections: 32, in_flight: 128, ..suite.load(&running) };
+            suite.drive(Kind::Produce, &options)
+        })?;
         let published = outcome.published.as_ref().map_or(0.0, |published| published.messages_per_s);
         let cpu = outcome.node.map_or(0.0, |node| node.cpu_s_per_million);
         let note = format!("p50 {}, p99 {}; {cpu:.2} CPU s a million", p50(&outcome), p99(&outcome));
@@ -307,7 +315,7 @@ impl Suite {
             what: "durable publish of single 1 KiB messages, 32 producers × 128 in flight",
             value: published,
             unit: "msg/s",
-            limit: Some(self.limits.bare_singles.frames_per_s),
+            limit: Some(limit.value),
             target: Target::PartOfLimit(0.4),
             note,
             settings: settings(&outcome),
@@ -316,13 +324,13 @@ impl Suite {
     }
 
     fn publish_cpu(&mut self) -> Result<(), RowError> {
-        let outcome = self.publish_batch()?;
+        let (outcome, limit) = self.publish_batch()?;
         self.judge(Judged {
             id: "publish-cpu",
             what: "CPU of the node, publish-batch",
             value: cpu_s_per_gib(&outcome),
             unit: "CPU s/GiB",
-            limit: Some(self.limits.bare_frames.server_cpu_s_per_gib),
+            limit: Some(limit.cpu_s_per_gib),
             target: Target::TimesLimit(1.4),
             note: String::new(),
             settings: settings(&outcome),
@@ -340,13 +348,13 @@ impl Suite {
         };
         self.drive(Kind::Produce, &fill)?;
         let options = LoadOptions { messages: None, repeat: true, ..fill };
-        let outcome = self.drive(Kind::Consume, &options)?;
+        let (outcome, limit) = self.beside(Suite::sender, |suite| suite.drive(Kind::Consume, &options))?;
         self.judge(Judged {
             id: "tail",
             what: "consume from the cache, 4 connections",
             value: rate(&outcome),
             unit: "MiB/s",
-            limit: Some(self.limits.sender.mib_per_s),
+            limit: Some(limit.value),
             target: Target::PartOfLimit(0.8),
             note: format!("every message verified; load generator {:.0} % busy", client_share(&outcome)),
             settings: settings(&outcome),
@@ -356,7 +364,7 @@ impl Suite {
             what: "CPU of the node, tail",
             value: cpu_s_per_gib(&outcome),
             unit: "CPU s/GiB",
-            limit: Some(self.limits.sender.sender_cpu_s_per_gib),
+            limit: Some(limit.cpu_s_per_gib),
             target: Target::TimesLimit(1.4),
             note: String::new(),
             settings: settings(&outcome),
@@ -416,7 +424,7 @@ impl Suite {
     }
 
     fn both(&mut self) -> Result<(), RowError> {
-        let alone = rate(&self.publish_batch()?);
+        let alone = rate(&self.publish_batch()?.0);
         let running = self.start(1)?;
         let options = LoadOptions { connections: 1, consumers: Some(1), in_flight: 64, ..self.load(&running) };
         let outcome = self.drive(Kind::Mixed, &options)?;
@@ -462,15 +470,17 @@ impl Suite {
     }
 
     fn latency_one(&mut self) -> Result<(), RowError> {
-        let running = self.start(1)?;
-        let options = LoadOptions { batch: 1, connections: 1, in_flight: 1, ..self.load(&running) };
-        let outcome = self.drive(Kind::Produce, &options)?;
+        let (outcome, limit) = self.beside(Suite::one_in_flight, |suite| {
+            let running = suite.start(1)?;
+            let options = LoadOptions { batch: 1, connections: 1, in_flight: 1, ..suite.load(&running) };
+            suite.drive(Kind::Produce, &options)
+        })?;
         self.judge(Judged {
             id: "latency-1",
             what: "durable publish of 1 KiB, one in flight, p50; limit: durable 4 KiB write + round trip",
             value: published_us(&outcome, |latency| latency.p50_us),
             unit: "µs",
-            limit: Some(self.one_in_flight_us()),
+            limit: Some(limit.value),
             target: Target::TimesLimit(1.25),
             note: format!("p99 {}, max {}", p99(&outcome), show_us(published_us(&outcome, |latency| latency.max_us))),
             settings: settings(&outcome),
@@ -479,16 +489,19 @@ impl Suite {
     }
 
     fn latency_e2e(&mut self) -> Result<(), RowError> {
-        let running = self.start(1)?;
-        let options = LoadOptions { batch: 1, connections: 1, consumers: Some(1), in_flight: 1, ..self.load(&running) };
-        let outcome = self.drive(Kind::Tail, &options)?;
+        let (outcome, limit) = self.beside(Suite::one_in_flight, |suite| {
+            let running = suite.start(1)?;
+            let options =
+                LoadOptions { batch: 1, connections: 1, consumers: Some(1), in_flight: 1, ..suite.load(&running) };
+            suite.drive(Kind::Tail, &options)
+        })?;
         let delivered = outcome.delivered.as_ref().map(|delivered| delivered.latency).unwrap_or_default();
         self.judge(Judged {
             id: "latency-e2e",
             what: "durable publish to delivery of 1 KiB, one in flight, p50; limit: as latency-1",
             value: delivered.p50_us,
             unit: "µs",
-            limit: Some(self.one_in_flight_us()),
+            limit: Some(limit.value),
             target: Target::TimesLimit(1.4),
             note: format!("p99 {}, max {}", show_us(delivered.p99_us), show_us(delivered.max_us)),
             settings: settings(&outcome),
@@ -497,7 +510,7 @@ impl Suite {
     }
 
     fn latency_half(&mut self) -> Result<(), RowError> {
-        let highest = self.publish_batch()?.published.map_or(0.0, |published| published.messages_per_s);
+        let highest = self.publish_batch()?.0.published.map_or(0.0, |published| published.messages_per_s);
         let running = self.start(1)?;
         // The window is no limit here: what is due is sent. Warmed up until retention recycles segments, as on a node that
         // has run for a while.
@@ -605,11 +618,6 @@ impl Suite {
         // What stays of an error goes with the scratch directory.
         drop(std::fs::remove_dir_all(&data_dir));
         Ok(())
-    }
-
-    /// One durable write of a message and a round trip, p50.
-    fn one_in_flight_us(&self) -> f64 {
-        self.limits.write(4 << 10).latency.p50_us + self.limits.round_trip.p50_us
     }
 
     fn start(&mut self, shards: u16) -> Result<Running, RowError> {
