@@ -10,24 +10,33 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use drava_protocol::PartitionId;
-use drava_storage::block;
+use drava_storage::block::{self, ExtentKind};
 
 use crate::disk::FileState;
 use crate::oracle::Oracle;
 use crate::world::World;
 
 const PAGE_BYTES: u64 = 4096;
+/// Kinds of rows in a state extent.
+const CHECKPOINT_ROW: u8 = 5;
+const CHECKPOINT_PARTITION: u8 = 6;
+const CHECKPOINT_END: u8 = 7;
 
 struct FoundBlock {
     file: usize,
     range: Range<u64>,
     sequence: u64,
     durable_sequence: u64,
+    /// It has rows of a checkpoint.
+    repeats: bool,
+    /// It ends a checkpoint whose first row was read at this block.
+    ends_checkpoint: Option<u64>,
     extents: Vec<(PartitionId, Range<u64>)>,
 }
 
-/// Changes one place of one segment. `sequences` are those of all blocks damaged in this run.
-pub fn damage(world: &World, oracle: &mut Oracle, sequences: &mut Vec<u64>) {
+/// Changes one place of one segment. `is_open`: of a store that goes on writing. `sequences` are those of all blocks damaged
+/// in this run.
+pub fn damage(world: &World, oracle: &mut Oracle, sequences: &mut Vec<u64>, is_open: bool) {
     let files: Vec<(PathBuf, Rc<FileState>)> =
         world.disk.files().into_iter().filter(|(_, file)| PAGE_BYTES < file.len()).collect();
     if files.is_empty() {
@@ -37,6 +46,8 @@ pub fn damage(world: &World, oracle: &mut Oracle, sequences: &mut Vec<u64>) {
     for (index, (_, file)) in files.iter().enumerate() {
         find_blocks(index, file, &mut blocks);
     }
+    let checkpoints: Vec<_> = blocks.iter().filter_map(|block| Some(block.ends_checkpoint?..block.sequence)).collect();
+    let last_end = checkpoints.iter().map(|checkpoint| checkpoint.end).max().unwrap_or(0);
     let random = &world.random;
     let file = random.below(files.len() as u64) as usize;
     let (path, state) = &files[file];
@@ -61,14 +72,15 @@ pub fn damage(world: &World, oracle: &mut Oracle, sequences: &mut Vec<u64>) {
         if header || hit.range.start < range.end && range.start < hit.range.end {
             sequences.push(hit.sequence);
             excuse(oracle, hit);
+            // One that is being written will have an end all the same.
+            oracle.checkpoint_damaged |= hit.repeats
+                || checkpoints
+                    .iter()
+                    .any(|checkpoint| checkpoint.start < hit.sequence && hit.sequence <= checkpoint.end)
+                || is_open && last_end < hit.sequence;
         }
     }
-    blocks.retain(|block| !sequences.contains(&block.sequence));
-    for &sequence in &*sequences {
-        if !blocks.iter().any(|block| sequence <= block.durable_sequence) {
-            blocks.iter().filter(|block| sequence < block.sequence).for_each(|block| excuse(oracle, block));
-        }
-    }
+    excuse_unvouched(oracle, blocks, sequences);
 
     let (start, end) = (range.start as usize, range.end as usize);
     match random.below(3) {
@@ -80,6 +92,25 @@ pub fn damage(world: &World, oracle: &mut Oracle, sequences: &mut Vec<u64>) {
             let other = random.below(state.len() / PAGE_BYTES) * PAGE_BYTES;
             let other = other.min(state.len() - (range.end - range.start)) as usize;
             state.damage(|bytes| bytes.copy_within(other..other + (end - start), start));
+        }
+    }
+}
+
+/// What became durable since something was damaged may be gone with it: what was in flight at that time does not say that
+/// the damaged block was durable.
+pub fn stopped(world: &World, oracle: &mut Oracle, sequences: &[u64]) {
+    let mut blocks = Vec::new();
+    for (index, (_, file)) in world.disk.files().iter().enumerate() {
+        find_blocks(index, file, &mut blocks);
+    }
+    excuse_unvouched(oracle, blocks, sequences);
+}
+
+fn excuse_unvouched(oracle: &mut Oracle, mut blocks: Vec<FoundBlock>, sequences: &[u64]) {
+    blocks.retain(|block| !sequences.contains(&block.sequence));
+    for &sequence in sequences {
+        if !blocks.iter().any(|block| sequence <= block.durable_sequence) {
+            blocks.iter().filter(|block| sequence < block.sequence).for_each(|block| excuse(oracle, block));
         }
     }
 }
@@ -96,15 +127,42 @@ fn find_blocks(file: usize, state: &FileState, out: &mut Vec<FoundBlock>) {
     // Page by page: a header that strayed here may claim what follows, and nothing but batches says that it is wrong.
     for position in (PAGE_BYTES as usize..bytes.len()).step_by(PAGE_BYTES as usize) {
         let Ok(header) = block::check(&bytes[position..]) else { continue };
-        let extents = block::extents(&header, &bytes[position..]).filter_map(Result::ok);
+        let extents: Vec<_> = block::extents(&header, &bytes[position..]).filter_map(Result::ok).collect();
+        let rows = extents.iter().filter(|(extent, _)| extent.kind == ExtentKind::State).flat_map(|(extent, at)| {
+            let start = position + at + block::EXTENT_HEADER_BYTES;
+            rows(&bytes[start..start + extent.body_bytes as usize])
+        });
+        let (mut repeats, mut ends_checkpoint) = (false, None);
+        for (kind, value) in rows {
+            repeats |= [CHECKPOINT_ROW, CHECKPOINT_PARTITION, CHECKPOINT_END].contains(&kind);
+            if kind == CHECKPOINT_END {
+                ends_checkpoint = value.first_chunk().map(|covered| u64::from_le_bytes(*covered));
+            }
+        }
         out.push(FoundBlock {
             file,
             range: position as u64..position as u64 + header.block_bytes as u64,
             sequence: header.id.sequence,
             durable_sequence: header.id.durable_sequence,
+            repeats,
+            ends_checkpoint,
             extents: extents
+                .iter()
                 .map(|(extent, _)| (extent.ledger.partition, extent.base_offset..extent.next_offset()))
                 .collect(),
         });
     }
+}
+
+/// The kinds and values of the rows of a state extent.
+fn rows(mut body: &[u8]) -> Vec<(u8, &[u8])> {
+    let mut rows = Vec::new();
+    while let Some((head, rest)) = body.split_first_chunk::<8>() {
+        let key_bytes = u16::from_le_bytes([head[2], head[3]]) as usize;
+        let value_bytes = u32::from_le_bytes([head[4], head[5], head[6], head[7]]) as usize;
+        let Some(value) = rest.get(key_bytes..key_bytes + value_bytes) else { break };
+        rows.push((head[0], value));
+        body = body.get((8 + key_bytes + value_bytes).next_multiple_of(16)..).unwrap_or_default();
+    }
+    rows
 }

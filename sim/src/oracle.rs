@@ -25,6 +25,9 @@ pub struct Oracle {
     /// Messages that were compared with what was appended.
     pub checked: u64,
     pub acked: u64,
+    /// A checkpoint was damaged: when the index is lost, too, rows and starts go back, and what was dropped may be there
+    /// again. No message is excused by it.
+    pub checkpoint_damaged: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -43,6 +46,8 @@ pub struct Partition {
     seen_end: u64,
     /// The highest start that was seen: what is below never comes back.
     pub start: u64,
+    /// The highest start of all, also from before damage that took it back. What is below need not be there.
+    trimmed: u64,
     /// Retention must not pass it.
     pub floor: Option<u64>,
     pub cursors: BTreeMap<u8, Cursor>,
@@ -94,6 +99,7 @@ impl Partition {
             acked_end: 0,
             seen_end: 0,
             start: 0,
+            trimmed: 0,
             floor: None,
             cursors: (0..cursors).map(|cursor| (cursor, Cursor::default())).collect(),
             life: Life::Live,
@@ -144,6 +150,7 @@ impl Partition {
     fn saw_start(&mut self, id: PartitionId, start: u64) {
         assert!(start <= self.start_max(), "{id} starts at {start}; at most {} is allowed", self.start_max());
         self.start = self.start.max(start);
+        self.trimmed = self.trimmed.max(start);
     }
 
     /// Takes back what was given up and is there after all.
@@ -311,7 +318,7 @@ impl Oracle {
                 assert!(range.contains(&offset), "{id}: a read at {offset} names {range:?}");
                 for entry in &partition.entries[partition.within(range)] {
                     assert!(
-                        entry.damaged,
+                        entry.damaged || partition.damaged && entry.next_offset() <= partition.trimmed,
                         "{id}: {range:?} is said to be damaged; nobody touched {}",
                         entry.base_offset
                     );
@@ -353,6 +360,9 @@ impl Oracle {
     pub fn recovered(&mut self, recovered: &Recovered) {
         let mut found: BTreeMap<PartitionId, &RecoveredPartition> =
             recovered.partitions.iter().map(|partition| (partition.partition, partition)).collect();
+        if self.checkpoint_damaged && recovered.index_rebuilt {
+            self.partitions.values_mut().for_each(|partition| partition.damaged = true);
+        }
         for (&id, partition) in &mut self.partitions {
             let found = found.remove(&id);
             match (partition.life, found) {

@@ -40,6 +40,8 @@ struct Character {
     sync_faults: bool,
     create_faults: bool,
     index_faults: bool,
+    /// Now and then the family of the index is gone after a stop.
+    index_loss: bool,
     slow: bool,
     /// One step in so many is a crash.
     crash_every: u64,
@@ -57,6 +59,7 @@ impl Character {
             sync_faults: random.one_in(4),
             create_faults: random.one_in(4),
             index_faults: random.one_in(5),
+            index_loss: random.one_in(4),
             slow: random.one_in(3),
             crash_every: *random.pick(&[30, 60, 150]),
             payload_bytes_max: *random.pick(&[200, 1000, 6000]),
@@ -126,6 +129,8 @@ pub struct Run {
     batches_made: Cell<u64>,
     steps_left: Cell<u64>,
     damaged_sequences: RefCell<Vec<u64>>,
+    /// Something was damaged since the last start.
+    damaged_open: Cell<bool>,
     builder: RefCell<Builder>,
     pub crashes: Cell<u64>,
     /// The store is being closed: reads that are under way end with an error.
@@ -199,6 +204,7 @@ impl Run {
             batches_made: Cell::new(0),
             steps_left: Cell::new(steps),
             damaged_sequences: RefCell::default(),
+            damaged_open: Cell::new(false),
             builder: RefCell::new(Builder::new(8 << 20)),
             crashes: Cell::new(0),
             closing: Cell::new(false),
@@ -243,8 +249,16 @@ impl Run {
             world.disk.lose_process(&world.random);
         }
         world.kv.crash(|pending| world.random.below(pending as u64 + 1) as usize);
+        if self.character.index_loss && world.random.one_in(4) {
+            world.event(format_args!("the index is lost"));
+            world.kv.clear();
+        }
         self.closing.set(false);
         self.oracle.borrow_mut().crashed();
+        if self.damaged_open.take() {
+            let sequences = self.damaged_sequences.borrow();
+            crate::damage::stopped(&self.world, &mut self.oracle.borrow_mut(), &sequences);
+        }
         self.sequenced.borrow_mut().clear();
         self.producers.borrow_mut().clear();
         for client in self.clients.borrow_mut().values_mut().flatten() {
@@ -254,7 +268,7 @@ impl Run {
             }
         }
         if self.character.damage && 0 < self.steps_left.get() && world.random.one_in(3) {
-            self.damage();
+            self.damage(false);
         }
         if world.random.one_in(10) {
             let dir = self.config.borrow().dir.clone();
@@ -262,8 +276,10 @@ impl Run {
         }
     }
 
-    fn damage(&self) {
-        crate::damage::damage(&self.world, &mut self.oracle.borrow_mut(), &mut self.damaged_sequences.borrow_mut());
+    fn damage(&self, is_open: bool) {
+        self.damaged_open.set(is_open);
+        let (mut oracle, mut sequences) = (self.oracle.borrow_mut(), self.damaged_sequences.borrow_mut());
+        crate::damage::damage(&self.world, &mut oracle, &mut sequences, is_open);
     }
 
     fn flushed(&self, token: Token) {
@@ -436,7 +452,7 @@ async fn session(run: Rc<Run>) -> End {
             89 => world.executor.sleep(random.micros(5_000_000..15_000_000)).await,
             90 => session.make_partition(),
             91 => session.drop_partition(),
-            92 if character.damage && random.one_in(3) => run.damage(),
+            92 if character.damage && random.one_in(3) => run.damage(true),
             93 if character.full => {
                 let full = random.one_in(2);
                 let used = world.disk.used_bytes() + random.below(200 << 10);

@@ -352,7 +352,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                 None => offset..end_offset,
                 Some(first) if offset < first.first_offset => offset..first.first_offset,
                 Some(first) => {
-                    if self.is_cached(&first) {
+                    if self.is_cached(stream.partition_index, &first) {
                         rows.clear();
                         return Ok(Planned::Nothing);
                     }
@@ -369,7 +369,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                             && end <= row.position
                             && row.position - end <= GAP_BYTES_MAX
                             && row_end - first.position <= chunk_bytes_max
-                            && !self.is_cached(&row);
+                            && !self.is_cached(stream.partition_index, &row);
                         if !(joins || extents.is_empty()) {
                             break;
                         }
@@ -412,11 +412,13 @@ impl<I: Io, T: 'static> Inner<I, T> {
         Ok(Planned::Chunk)
     }
 
-    /// Blocks of compacted segments and of other stores are numbered on their own and never in the cache.
-    fn is_cached(&self, row: &ExtentRow) -> bool {
+    /// Whether memory serves it. Blocks of compacted segments and of other stores are numbered on their own and never in
+    /// the cache; and a block may be there for other partitions alone, when this one has had its share of the cache.
+    fn is_cached(&self, partition_index: u32, row: &ExtentRow) -> bool {
         row.store.is_none()
             && self.journal.is_journal(row.segment)
             && self.cache.borrow().get(row.block_sequence).is_some()
+            && self.partitions.borrow().list[partition_index as usize].find(row.first_offset).is_some()
     }
 
     /// Whether a reader that planned with this row would have to ask again.

@@ -86,14 +86,10 @@ impl<I: Io, T: 'static> Inner<I, T> {
             };
         }
         let start = start?;
-        let Some(id) = last_index else {
-            // Without a partition there is nothing to repeat and nothing that could be lost: what is behind may go.
-            let mut indexing = self.indexing.borrow_mut();
-            indexing.batch.checkpoint = Some(start.generation);
-            indexing.changed = true;
-            self.journal.set_checkpoint(start.generation);
-            return Some(0);
-        };
+        // Without a partition there is nothing to repeat. The end is written all the same: it says that what else is found
+        // in the journal is gone, when the rows that dropped it are.
+        let first = || self.partitions.borrow().list.first().map(|partition| partition.partition);
+        let id = last_index.or_else(first)?;
         let covered = start.next_sequence.saturating_sub(1);
         let end = Checkpoint::End { covered, generation: start.generation };
         bytes += self.write_rows(vec![(id, RowChange::Checkpoint(end))], rolls, &mut last_index).await?;
@@ -117,10 +113,15 @@ impl<I: Io, T: 'static> Inner<I, T> {
                 return None;
             }
             for (id, change) in changes {
-                // A partition that was deleted meanwhile is not repeated.
-                let Some(&index) = partitions.by_id.get(&id) else { continue };
+                let index = match (partitions.by_id.get(&id), &change) {
+                    (Some(&index), _) => index,
+                    // The end is about no partition; it only has to stand somewhere.
+                    (None, RowChange::Checkpoint(Checkpoint::End { .. })) => 0,
+                    // A partition that was deleted meanwhile is not repeated.
+                    (None, _) => continue,
+                };
                 let partition = &mut partitions.list[index as usize];
-                staging.row(id, index, change, &mut partition.state_chain);
+                staging.row(partition.partition, index, change, &mut partition.state_chain);
                 *last = Some(id);
             }
             let (sender, receiver) = oneshot();

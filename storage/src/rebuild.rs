@@ -40,6 +40,9 @@ pub(crate) struct Rebuild<'a, I: Io> {
     rows: Box<RebuildRows>,
     used: BTreeMap<SegmentId, (u64, SegmentKind)>,
     checkpoint: Option<u64>,
+    unbroken: Unbroken,
+    /// Extents of compacted segments that are not whole: they count where nothing else has the messages.
+    doubtful: Vec<(PartitionId, ExtentRow)>,
     rebuilt: Rebuilt,
     bytes: u64,
     bytes_total: u64,
@@ -52,10 +55,40 @@ struct Found {
     row: PartitionRow,
     /// The last block that named it.
     seen: u64,
-    /// By key: the last block that changed or repeated it, and its value; `None`: deleted.
-    state: BTreeMap<Vec<u8>, (u64, Option<Vec<u8>>)>,
+    state: BTreeMap<Vec<u8>, FoundRow>,
     /// Batches, each with its block: those that a checkpoint's rows cover are let go.
     batches: Vec<(u64, ReplayedBatch)>,
+}
+
+/// A row of state.
+struct FoundRow {
+    /// The value is as of this block: the one that changed it, or the one a checkpoint read it at.
+    as_of: u64,
+    /// The last block that named it.
+    seen: u64,
+    /// `None`: deleted.
+    value: Option<Vec<u8>>,
+}
+
+/// The last blocks that were read without a gap.
+#[derive(Debug, Default)]
+struct Unbroken {
+    first: u64,
+    next: u64,
+}
+
+impl Unbroken {
+    fn take(&mut self, sequence: u64) {
+        if self.next != sequence {
+            self.first = sequence;
+        }
+        self.next = sequence + 1;
+    }
+
+    /// Whether all blocks behind this one were read.
+    fn since(&self, sequence: u64) -> bool {
+        self.first <= sequence + 1
+    }
 }
 
 /// What opening goes on with.
@@ -80,6 +113,8 @@ impl<'a, I: Io> Rebuild<'a, I> {
             rows: Box::default(),
             used: BTreeMap::new(),
             checkpoint: None,
+            unbroken: Unbroken::default(),
+            doubtful: Vec::new(),
             rebuilt: Rebuilt::default(),
             bytes: 0,
             bytes_total,
@@ -88,16 +123,24 @@ impl<'a, I: Io> Rebuild<'a, I> {
     }
 
     fn extent(&mut self, block: &Visited<'_>, extent: &VisitedExtent) {
-        let header = &extent.header;
-        let row = ExtentRow::of(header, header.block_sequence, block.segment, block.position, extent.position as u32);
-        self.rows.extents.push((header.ledger.partition, row));
+        self.rows.extents.push((extent.header.ledger.partition, row_of(block, extent)));
         self.rebuilt.extents += 1;
     }
 
-    /// A block of a compacted segment: extents of partitions that the journal knows.
-    pub(crate) fn compacted(&mut self, block: &Visited<'_>) {
+    /// A block of a compacted segment: extents of partitions that the journal knows. The messages `bad` are not whole in it:
+    /// it was being written, and then others have them, or it was damaged.
+    pub(crate) fn compacted(&mut self, block: &Visited<'_>, bad: &[LostRange]) {
         for extent in block.extents.iter().filter(|extent| extent.header.kind == ExtentKind::Data) {
-            if self.partitions.contains_key(&extent.header.ledger.partition) {
+            let header = &extent.header;
+            let id = header.ledger.partition;
+            let has =
+                |lost: &LostRange| header.base_offset < lost.offsets.end && lost.offsets.start < header.next_offset();
+            if !self.partitions.contains_key(&id) {
+                continue;
+            }
+            if bad.iter().any(|lost| lost.partition == id && has(lost)) {
+                self.doubtful.push((id, row_of(block, extent)));
+            } else {
                 self.extent(block, extent);
             }
         }
@@ -123,8 +166,12 @@ impl<'a, I: Io> Rebuild<'a, I> {
         let found = self.partitions.entry(id).or_default();
         found.seen = sequence;
         match change {
-            RowChange::Put { key, value } => drop(found.state.insert(key, (sequence, Some(value)))),
-            RowChange::Delete { key } => drop(found.state.insert(key, (sequence, None))),
+            RowChange::Put { key, value } => {
+                found.state.insert(key, FoundRow { as_of: sequence, seen: sequence, value: Some(value) });
+            }
+            RowChange::Delete { key } => {
+                found.state.insert(key, FoundRow { as_of: sequence, seen: sequence, value: None });
+            }
             RowChange::Trim(trim) => {
                 found.row.start_offset = found.row.start_offset.max(trim.start_offset);
                 found.row.end_offset = found.row.end_offset.max(trim.start_offset);
@@ -132,8 +179,8 @@ impl<'a, I: Io> Rebuild<'a, I> {
             }
             RowChange::Checkpoint(Checkpoint::Row { covered, key, value }) => {
                 // A change behind the place where this was read wins, although it comes before it in the journal.
-                if found.state.get(&key).is_none_or(|(changed, _)| *changed <= covered) {
-                    found.state.insert(key, (sequence, Some(value)));
+                if found.state.get(&key).is_none_or(|row| row.as_of <= covered) {
+                    found.state.insert(key, FoundRow { as_of: covered, seen: sequence, value: Some(value) });
                 }
             }
             RowChange::Checkpoint(Checkpoint::Partition { row, .. }) => {
@@ -147,6 +194,11 @@ impl<'a, I: Io> Rebuild<'a, I> {
 
     /// Everything was repeated that the block `covered` and those before it left.
     fn end_checkpoint(&mut self, covered: u64, generation: u64) {
+        // Of one before the last whole checkpoint the segments with the first rows may be used again, and any may be damaged:
+        // what those named is not deleted.
+        if !self.unbroken.since(covered) {
+            return;
+        }
         self.checkpoint = Some(generation);
         let gone = &mut self.gone;
         self.partitions.retain(|id, found| {
@@ -154,7 +206,7 @@ impl<'a, I: Io> Rebuild<'a, I> {
                 gone.insert(*id);
                 return false;
             }
-            found.state.retain(|_, (changed, _)| covered < *changed);
+            found.state.retain(|_, row| covered < row.seen);
             found.batches.retain(|(block, _)| covered < *block);
             true
         });
@@ -163,6 +215,13 @@ impl<'a, I: Io> Rebuild<'a, I> {
     /// Makes the rest of the index of what was read.
     pub(crate) async fn finish(mut self, roll: RollPolicy) -> Result<Finished, OpenError> {
         self.write_out().await?;
+        for (id, row) in std::mem::take(&mut self.doubtful) {
+            let found = self.index.extents(id, row.first_offset, 1).await?;
+            if found.first().is_none_or(|found| row.first_offset < found.first_offset) {
+                self.rows.extents.push((id, row));
+                self.rebuilt.extents += 1;
+            }
+        }
         let trims = self.partitions.iter().filter(|(_, found)| 0 < found.row.start_offset);
         self.rows.trims = trims
             .map(|(id, found)| Trim { partition: *id, first_ledger: 0, start_offset: found.row.start_offset })
@@ -190,7 +249,7 @@ impl<'a, I: Io> Rebuild<'a, I> {
             finished.partitions.by_id.insert(id, slot);
             finished.partitions.list.push(partition);
             let state: BTreeMap<_, _> =
-                found.state.into_iter().filter_map(|(key, (_, value))| Some((key, value?))).collect();
+                found.state.into_iter().filter_map(|(key, row)| Some((key, row.value?))).collect();
             let rows = state.iter().map(|(key, value)| (id, key.clone(), Some(value.clone())));
             finished.index.state.extend(rows);
             self.rebuilt.state_rows += state.len() as u64;
@@ -199,11 +258,13 @@ impl<'a, I: Io> Rebuild<'a, I> {
         }
         self.rebuilt.partitions = finished.partitions.list.len() as u64;
         self.rebuilt.segments = self.used.len() as u64;
-        for (segment, (generation, kind)) in self.used {
+        let mut segments = Vec::new();
+        for (segment, (generation, kind)) in std::mem::take(&mut self.used) {
             let live_bytes = live.get(&segment).copied().unwrap_or(0);
-            finished.index.live.push((segment, SegmentRow { generation, live_bytes, kind }));
+            segments.push((segment, SegmentRow { generation, live_bytes, kind }));
             finished.live.push((segment, live_bytes));
         }
+        self.index.rebuild(Box::new(RebuildRows { segments, ..RebuildRows::default() })).await?;
         // A new store has none to make.
         if 0 < self.bytes {
             tracing::info!(shard = self.shard.0, rebuilt = ?self.rebuilt, "the index was made anew");
@@ -281,9 +342,14 @@ impl<'a, I: Io> Rebuild<'a, I> {
     }
 }
 
+fn row_of(block: &Visited<'_>, extent: &VisitedExtent) -> ExtentRow {
+    ExtentRow::of(&extent.header, extent.header.block_sequence, block.segment, block.position, extent.position as u32)
+}
+
 impl<I: Io> Visitor for Rebuild<'_, I> {
     fn block(&mut self, block: &Visited<'_>) {
         let sequence = block.header.id.sequence;
+        self.unbroken.take(sequence);
         for extent in block.extents.iter().filter(|extent| extent.header.kind == ExtentKind::Data) {
             let id = extent.header.ledger.partition;
             if self.gone.contains(&id) {
@@ -315,5 +381,20 @@ impl<I: Io> Visitor for Rebuild<'_, I> {
     async fn pause(&mut self) -> Result<(), OpenError> {
         self.tell();
         if EXTENTS_MAX <= self.rows.extents.len() { self.write_out().await } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_is_whole_when_no_block_of_it_is_missing() {
+        let mut unbroken = Unbroken::default();
+        (5..9).for_each(|sequence| unbroken.take(sequence));
+        assert!(unbroken.since(4) && unbroken.since(7), "all behind the block it was read at are there");
+        assert!(!unbroken.since(3), "the first rows were in a segment that is used again");
+        unbroken.take(10);
+        assert!(!unbroken.since(7), "a block in between is damaged");
     }
 }

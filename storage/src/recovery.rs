@@ -288,11 +288,12 @@ pub(crate) async fn replay<I: Io>(
     let mut reader = Reader::open(io, dir, segments, order[at], shard).await?;
     let mut block = Parsed::default();
     let mut stale = Vec::new();
-    let mut bad_block_bytes = None;
     // Without an index any block fits at the start: a copy that a misdirected write left there would hide those before it.
     let lowest = if start.is_none() { lowest_sequence(&mut reader, &mut block).await? } else { None };
     loop {
-        if let Some(next) = chain.sequence.and_then(|sequence| taken_over(segments, &order[at..], sequence)) {
+        // Without an index, a segment counts for nothing when the very first write to the journal failed in it.
+        if let Some(next) = taken_over(segments, &order[at..], chain.sequence.unwrap_or(1)) {
+            chain = Chain { sequence: chain.sequence.or(Some(1)), crc: chain.sequence.map_or(Some(0), |_| chain.crc) };
             // Nothing more of this segment counts: the journal went on in another, with this block.
             reader.sync().await?;
             at += next;
@@ -325,7 +326,7 @@ pub(crate) async fn replay<I: Io>(
             replayed.blocks += 1;
             replayed.bytes += header.block_bytes as u64;
             let start_position = position;
-            position += bad_block_bytes.take().unwrap_or(header.block_bytes as u64);
+            position += header.block_bytes as u64;
             chain = Chain { sequence: Some(header.id.sequence + 1), crc: Some(header.crc) };
             replayed.end = Some(JournalEnd {
                 segment: order[at].1,
@@ -338,6 +339,9 @@ pub(crate) async fn replay<I: Io>(
             if block.damaged {
                 // It is one of those found behind a bad block, or bad itself.
                 note_bad_batches(&mut replayed.damaged, order[at], (start_position, position), &block);
+                // A part of it may have strayed here: then it claims room that belongs to the next.
+                let claimed = start_position..position;
+                position = next_within(&mut reader, claimed, &header).await?.unwrap_or(position);
             }
             visitor.pause().await?;
             continue;
@@ -373,7 +377,6 @@ pub(crate) async fn replay<I: Io>(
             }
             break;
         };
-        bad_block_bytes = later.damaged.then_some(later.block_bytes);
         let jump = later.at != at;
         if !jump || problem == Misfit::Damaged || start.is_some() {
             let end_position = match (jump, later.position == position) {
@@ -575,7 +578,8 @@ fn trusted(header: &ExtentHeader, body: &[u8]) -> ExtentHeader {
     let batches: Option<Vec<_>> = block::batches(body).map(|bytes| batch::check_appended(bytes?).ok()).collect();
     match batches.as_deref() {
         Some([first, rest @ ..]) if rest.len() + 1 == header.entry_count as usize => {
-            let record_count = first.record_count as u64 + rest.iter().map(|batch| batch.record_count as u64).sum::<u64>();
+            let record_count =
+                first.record_count as u64 + rest.iter().map(|batch| batch.record_count as u64).sum::<u64>();
             ExtentHeader { base_offset: first.base_offset, record_count, ..*header }
         }
         Some(_) | None => *header,
@@ -621,6 +625,8 @@ pub(crate) async fn read_compacted<I: Io>(
         let mut reader = Reader::open(io, dir, segments, listed, shard).await?;
         // Cuts are about the journal.
         reader.cut_sequence = u64::MAX;
+        // The index will say that its blocks are durable, and what they were copied from may be written over then.
+        reader.sync().await?;
         let mut position = segment::HEADER_BYTES;
         while position + (block::HEADER_BYTES as u64) < reader.bytes {
             // A block of which only batches are bad is read like any other.
@@ -628,16 +634,18 @@ pub(crate) async fn read_compacted<I: Io>(
                 position += ALIGNMENT as u64;
                 continue;
             };
-            rebuild.compacted(&Visited {
+            let visited = Visited {
                 segment: listed.1,
                 position,
                 header,
                 bytes: &reader.window[(position - reader.start) as usize..][..header.block_bytes as usize],
                 extents: &block.extents,
                 batches: &block.batches,
-            });
+            };
+            rebuild.compacted(&visited, &block.bad);
             rebuild.pause().await?;
-            position += header.block_bytes as u64;
+            // What a block claims whose batches are bad may belong to another: a part of it may have strayed here.
+            position += if block.damaged { ALIGNMENT as u64 } else { header.block_bytes as u64 };
         }
     }
     Ok(())
@@ -695,7 +703,7 @@ struct Later {
     position: u64,
     block_bytes: u64,
     sequence: u64,
-    /// Batches in it are bad. Then it may not be as long as it says: it may be a copy of the start of another.
+    /// Batches in it are bad.
     damaged: bool,
     /// It was never acknowledged: the journal ends here, and this sequence is the next.
     ends: Option<u64>,
@@ -769,11 +777,6 @@ impl Search {
         }
         let later = if self.is_misplaced_lower() { self.misplaced.take() } else { self.first.take() };
         let Some(mut later) = later else { return Found::default() };
-        if later.damaged {
-            let next = self.seen.iter().filter(|(at, position)| *at == later.at && later.position < *position);
-            let room = next.map(|(_, position)| position - later.position).min();
-            later.block_bytes = room.map_or(later.block_bytes, |room| later.block_bytes.min(room));
-        }
         if settled {
             return Found { later: Some(later), stale: Vec::new() };
         }
@@ -845,6 +848,23 @@ async fn find_later<I: Io>(
         }
     }
     Ok(search.finish())
+}
+
+/// Where in the room that a block claims the one lies that follows it.
+async fn next_within<F: File>(
+    reader: &mut Reader<F>,
+    claimed: std::ops::Range<u64>,
+    header: &BlockHeader,
+) -> Result<Option<u64>, OpenError> {
+    let follows = Chain { sequence: Some(header.id.sequence + 1), crc: Some(header.crc) };
+    let mut block = Parsed::default();
+    for position in claimed.step_by(ALIGNMENT).skip(1) {
+        let found = reader.block(position, &mut block).await?.ok().and(block.header);
+        if found.is_some_and(|found| follows.links(found.id.sequence, found.id.previous_crc)) {
+            return Ok(Some(position));
+        }
+    }
+    Ok(None)
 }
 
 /// The lowest sequence of a whole block in the segment.

@@ -234,8 +234,6 @@ pub(crate) struct IndexBatch {
     pub(crate) scrub: Option<Vec<u8>>,
     /// The segment in which the last whole checkpoint starts, by generation.
     pub(crate) checkpoint: Option<u64>,
-    /// After a rebuild: all segments and what is live in them.
-    pub(crate) live: Vec<(SegmentId, SegmentRow)>,
 }
 
 /// Everything of a partition below these is deleted.
@@ -539,10 +537,6 @@ impl Family {
                 };
                 batch.delete_range(from.to_vec(), to);
             }
-        }
-        for &(segment, row) in &changes.live {
-            self.segments.insert(segment, row);
-            touched.used.push((segment, row.generation, row.kind));
         }
         let rows = self.segment_rows(touched);
         rows.iter().for_each(|(segment, row)| batch.put(segment_key(*segment), row.encode()));
@@ -997,5 +991,34 @@ mod tests {
         let applied = family.apply(&batch).unwrap();
         assert_eq!(family.segments[&SegmentId(3)].live_bytes, 100, "the other partition's extent is live");
         assert_eq!(applied.released, [(SegmentId(3), 100); 3]);
+    }
+
+    /// The count of the new use would belong to the old one, and after the next start to none: it would be written over.
+    #[test]
+    fn what_a_rebuild_counted_does_not_hide_a_segment_that_is_used_again() {
+        let kv = Box::new(ModelKv::default());
+        let mut family = Family { name: "t".into(), kv, segments: BTreeMap::new(), foreign: BTreeMap::new() };
+        let counted = |generation, live_bytes| SegmentRow { generation, live_bytes, kind: SegmentKind::Journal };
+        let segments = vec![(SegmentId(3), counted(7, 0)), (SegmentId(4), counted(8, 300))];
+        family.rebuild(&RebuildRows { segments, ..RebuildRows::default() }).unwrap();
+        let row = ExtentRow {
+            ledger: 1,
+            first_offset: 0,
+            next_offset: 10,
+            segment: SegmentId(3),
+            position: 4096,
+            in_block: 64,
+            body_bytes: 100,
+            first_entry: 0,
+            entry_count: 10,
+            max_append_time_ms: 0,
+            block_sequence: 20,
+            store: None,
+        };
+        let extents = vec![(PartitionId(1), row)];
+        let batch = IndexBatch { extents, generations: vec![(SegmentId(3), 9)], ..IndexBatch::default() };
+        family.apply(&batch).unwrap();
+        let found = family.load().unwrap().segments;
+        assert_eq!(found, [(SegmentId(3), counted(9, 100)), (SegmentId(4), counted(8, 300))]);
     }
 }

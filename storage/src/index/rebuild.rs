@@ -7,9 +7,10 @@ use drava_runtime::foreign::reply;
 
 use super::kv::KvBatch;
 use super::{
-    Covered, ExtentRow, Family, IndexError, IndexThread, PartitionRow, Request, TABLE_COVERED, TABLE_EXTENT,
-    TABLE_PARTITION, TABLE_STATE, Trim, be_u64, extent_key, partition_key,
+    Covered, ExtentRow, Family, IndexError, IndexThread, PartitionRow, Request, SegmentRow, TABLE_COVERED,
+    TABLE_EXTENT, TABLE_PARTITION, TABLE_STATE, Trim, be_u64, extent_key, partition_key, segment_key,
 };
+use crate::segment::SegmentId;
 
 /// Changes without a covered position: until one is written, whoever opens the family starts anew.
 #[derive(Debug, Default)]
@@ -19,6 +20,9 @@ pub(crate) struct RebuildRows {
     pub(crate) dropped: Vec<PartitionId>,
     /// Extents, by first offset, that are none after all.
     pub(crate) removed: Vec<(PartitionId, u64)>,
+    /// All segments and what is live in them. They are known before the first change, as after any other start: it may be
+    /// about one that is used again already, or move what is live.
+    pub(crate) segments: Vec<(SegmentId, SegmentRow)>,
 }
 
 /// A piece of what a checkpoint repeats.
@@ -65,7 +69,10 @@ impl Family {
         for &(partition, first_offset) in &rows.removed {
             batch.delete(extent_key(partition, first_offset));
         }
-        self.kv.write(batch)
+        rows.segments.iter().for_each(|(segment, row)| batch.put(segment_key(*segment), row.encode()));
+        self.kv.write(batch)?;
+        self.segments.extend(rows.segments.iter().copied());
+        Ok(())
     }
 
     pub(super) fn saved_rows(&self, from: &[u8], bytes_max: usize) -> Result<SavedRows, IndexError> {
