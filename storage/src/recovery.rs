@@ -288,6 +288,7 @@ pub(crate) async fn replay<I: Io>(
     let mut reader = Reader::open(io, dir, segments, order[at], shard).await?;
     let mut block = Parsed::default();
     let mut stale = Vec::new();
+    let mut next_position = None;
     // Without an index any block fits at the start: a copy that a misdirected write left there would hide those before it.
     let lowest = if start.is_none() { lowest_sequence(&mut reader, &mut block).await? } else { None };
     loop {
@@ -343,6 +344,7 @@ pub(crate) async fn replay<I: Io>(
                 let claimed = start_position..position;
                 position = next_within(&mut reader, claimed, &header).await?.unwrap_or(position);
             }
+            position = next_position.take().unwrap_or(position);
             visitor.pause().await?;
             continue;
         };
@@ -377,6 +379,7 @@ pub(crate) async fn replay<I: Io>(
             }
             break;
         };
+        next_position = later.next_position;
         let jump = later.at != at;
         if !jump || problem == Misfit::Damaged || start.is_some() {
             let end_position = match (jump, later.position == position) {
@@ -473,7 +476,12 @@ fn cut_off<F>(segments: &[Option<Segment<F>>]) -> Vec<DamagedRange> {
     cut.map(|(index, segment)| {
         let (start_position, generation) = (segment.bytes, segment.generation);
         let end_position = start_position + segment.cut_off_bytes;
-        tracing::error!(segment = index, start_position, end_position, "a segment is damaged: the end of its file is gone");
+        tracing::error!(
+            segment = index,
+            start_position,
+            end_position,
+            "a segment is damaged: the end of its file is gone"
+        );
         DamagedRange { segment: index, start_position, end_position, generation, lost: Vec::new() }
     })
     .collect()
@@ -658,6 +666,7 @@ fn seal<F>(segments: &mut [Option<Segment<F>>], id: SegmentId, sequence: u64) {
 }
 
 /// What the next block must continue; `None` where that is not known.
+#[derive(Clone, Copy)]
 struct Chain {
     sequence: Option<u64>,
     crc: Option<u32>,
@@ -697,22 +706,28 @@ impl Chain {
     }
 }
 
-/// Where the journal goes on behind a bad block.
+/// A block behind a bad one.
+#[derive(Clone, Copy)]
 struct Later {
+    /// Of its segment, in the order.
     at: usize,
     position: u64,
     block_bytes: u64,
     sequence: u64,
+    crc: u32,
+    previous_crc: u32,
     /// Batches in it are bad.
     damaged: bool,
     /// It was never acknowledged: the journal ends here, and this sequence is the next.
     ends: Option<u64>,
+    /// It is a copy: where the next block lies in the same segment.
+    next_position: Option<u64>,
 }
 
 /// What was found behind a bad block.
 #[derive(Default)]
 struct Found {
-    /// `None`: the journal ends before the bad block.
+    /// Where the journal goes on; `None`: it ends before the bad block.
     later: Option<Later>,
     /// Blocks behind the end that never counted: their segments in the order, and their positions.
     stale: Vec<(usize, u64)>,
@@ -720,69 +735,72 @@ struct Found {
 
 /// Looks at what is behind a bad block.
 struct Search {
-    /// The sequence that is missing.
-    expected: u64,
-    /// Whether blocks before `expected` may have been there and are gone with their segments.
-    is_start: bool,
-    first: Option<Later>,
-    /// A good block that lies where the missing one should: a copy of one that comes later, or what comes next when blocks
-    /// before it were moved here from elsewhere. Then nothing behind it is lower.
-    misplaced: Option<Later>,
+    /// What is missing; without an index that is at the very start.
+    chain: Chain,
+    /// Segment in the order, and position.
+    bad: (usize, u64),
+    seen: Vec<Later>,
     /// All blocks up to this were durable, as later ones say.
     durable: u64,
-    /// Nothing is missing: the block that is looked for was found whole.
-    links: bool,
-    /// All blocks: their segments in the order, and their positions.
-    seen: Vec<(usize, u64)>,
 }
 
 impl Search {
-    fn take(&mut self, later: Later, durable_sequence: u64, at_bad_position: bool, links: bool) {
+    fn expected(&self) -> u64 {
+        self.chain.sequence.unwrap_or(1)
+    }
+
+    fn take(&mut self, later: Later, durable_sequence: u64) {
         self.durable = self.durable.max(durable_sequence);
-        self.links |= links;
-        self.seen.push((later.at, later.position));
-        // A lower one behind a higher: the higher is a copy that a misdirected write left there. And of a block with bad
-        // batches there may be a copy that is whole.
-        let rank = |later: &Later| (later.sequence, later.damaged);
-        let better = self.first.as_ref().is_none_or(|first| rank(&later) < rank(first));
-        if at_bad_position && !later.damaged {
-            self.misplaced = Some(later);
-        } else if better {
-            self.first = Some(later);
-        }
+        self.seen.push(later);
     }
 
-    fn best(&self) -> Option<&Later> {
-        if self.is_misplaced_lower() { self.misplaced.as_ref() } else { self.first.as_ref() }
+    /// The one to go on with. A lower one behind a higher: the higher is a copy that a misdirected write left. Of copies of
+    /// one block that one is in its place behind which the next lies; whole ones are better than those with bad batches,
+    /// which may be copies of a part; and one in the place of what is missing is the copy.
+    fn best(&self) -> Option<Later> {
+        let sequence = self.seen.iter().map(|later| later.sequence).min()?;
+        let rank = |later: &&Later| {
+            let is_copy = (later.at, later.position) == self.bad && !later.damaged && self.expected() < sequence;
+            (!self.leads_on(later), later.damaged, is_copy)
+        };
+        self.seen.iter().filter(|later| later.sequence == sequence).min_by_key(rank).copied()
     }
 
-    fn is_misplaced_lower(&self) -> bool {
-        let Some(misplaced) = &self.misplaced else { return false };
-        self.first.as_ref().is_none_or(|first| misplaced.sequence < first.sequence)
+    /// Where the blocks are that link to this one, in its segment.
+    fn next_positions(&self, later: &Later) -> impl Iterator<Item = u64> {
+        let next = (later.at, later.sequence + 1, later.crc);
+        let is_next = move |block: &&Later| (block.at, block.sequence, block.previous_crc) == next;
+        self.seen.iter().filter(is_next).map(|block| block.position)
     }
 
-    /// Whether the best was durable, as far as anybody can tell.
-    fn is_settled(&self) -> bool {
-        let Some(best) = self.best() else { return false };
+    fn leads_on(&self, later: &Later) -> bool {
+        self.next_positions(later).any(|position| position == later.position + later.block_bytes)
+    }
+
+    /// Whether that was durable, as far as anybody can tell.
+    fn is_settled(&self, best: &Later) -> bool {
         // In a rebuild, segments before this one may have been used again: then nothing is missing here.
-        let before = if self.is_start { self.expected } else { best.sequence - 1 };
+        let before = if self.chain.sequence.is_none() { self.expected() } else { best.sequence - 1 };
         let needed = if best.damaged { best.sequence } else { before };
-        self.durable >= needed || self.links && !best.damaged && best.sequence == self.expected
+        // The very block that is looked for needs nobody who vouches for it.
+        needed <= self.durable || !best.damaged && self.chain.links(best.sequence, best.previous_crc)
     }
 
-    fn finish(mut self) -> Found {
-        let settled = self.is_settled();
-        if !settled && self.durable < self.expected {
-            return Found { later: None, stale: self.seen };
+    fn finish(self) -> Found {
+        let places = |later: &Later| (later.at, later.position);
+        let Some(best) = self.best() else { return Found::default() };
+        if self.is_settled(&best) {
+            let next_position = if self.leads_on(&best) { None } else { self.next_positions(&best).next() };
+            return Found { later: Some(Later { next_position, ..best }), stale: Vec::new() };
         }
-        let later = if self.is_misplaced_lower() { self.misplaced.take() } else { self.first.take() };
-        let Some(mut later) = later else { return Found::default() };
-        if settled {
-            return Found { later: Some(later), stale: Vec::new() };
+        if self.durable < self.expected() {
+            return Found { later: None, stale: self.seen.iter().map(places).collect() };
         }
-        later.ends = Some(self.durable.saturating_add(1).min(later.sequence));
-        self.seen.retain(|(at, position)| *at == later.at && later.position <= *position);
-        Found { later: Some(later), stale: self.seen }
+        // What is missing was durable, in part, and this was not.
+        let behind = |later: &&Later| later.at == best.at && best.position <= later.position;
+        let stale = self.seen.iter().filter(behind).map(places).collect();
+        let ends = Some(self.durable.saturating_add(1).min(best.sequence));
+        Found { later: Some(Later { ends, ..best }), stale }
     }
 }
 
@@ -799,19 +817,25 @@ async fn find_later<I: Io>(
     if cfg!(feature = "mutant-truncate-damage") {
         return Ok(Found::default());
     }
-    // Without an index, what is missing is at the very start.
-    let expected = chain.sequence.unwrap_or(1);
-    let is_start = chain.sequence.is_none();
-    let mut search =
-        Search { expected, is_start, first: None, misplaced: None, durable: 0, links: false, seen: Vec::new() };
+    let mut search = Search { chain: *chain, bad: (at, bad_position), seen: Vec::new(), durable: 0 };
+    let expected = search.expected();
     // The journal went on elsewhere from the last durable block: those before it in this segment were durable.
-    let cut = next_cut(segments, order[at].0, expected);
-    if let Some(cut) = cut {
+    if let Some(cut) = next_cut(segments, order[at].0, expected) {
         let at = order.iter().position(|(generation, _)| cut.generation <= *generation);
         let Some(at) = at else { return Ok(Found::default()) };
-        let position = segment::HEADER_BYTES;
-        search.first = Some(Later { at, position, block_bytes: 0, sequence: cut.sequence, damaged: false, ends: None });
-        search.durable = cut.sequence - 1;
+        let (position, sequence) = (segment::HEADER_BYTES, cut.sequence);
+        let goes_on = Later {
+            at,
+            position,
+            block_bytes: 0,
+            sequence,
+            crc: 0,
+            previous_crc: 0,
+            damaged: false,
+            ends: None,
+            next_position: None,
+        };
+        search.take(goes_on, sequence - 1);
     }
     let shard = reader.shard;
     let mut block = Parsed::default();
@@ -824,7 +848,7 @@ async fn find_later<I: Io>(
             (&mut other, segment::HEADER_BYTES)
         };
         while position + (block::HEADER_BYTES as u64) < reader.bytes {
-            if index != at && search.best().is_none() && LOOK_AHEAD_BYTES < position {
+            if index != at && search.seen.is_empty() && LOOK_AHEAD_BYTES < position {
                 break;
             }
             // A block whose batches are bad is a block all the same.
@@ -833,17 +857,26 @@ async fn find_later<I: Io>(
                 position += ALIGNMENT as u64;
                 continue;
             };
-            let (sequence, damaged) = (header.id.sequence, block.damaged);
-            let block_bytes = header.block_bytes as u64;
-            let later = Later { at: index, position, block_bytes, sequence, damaged, ends: None };
-            let at_bad_position = index == at && position == bad_position;
-            let links = !damaged && chain.links(sequence, header.id.previous_crc);
-            search.take(later, header.id.durable_sequence, at_bad_position, links);
+            let (block_bytes, damaged) = (header.block_bytes as u64, block.damaged);
+            let BlockId { sequence, previous_crc, durable_sequence, .. } = header.id;
+            let crc = header.crc;
+            let later = Later {
+                at: index,
+                position,
+                block_bytes,
+                sequence,
+                crc,
+                previous_crc,
+                damaged,
+                ends: None,
+                next_position: None,
+            };
+            search.take(later, durable_sequence);
             // What a block claims whose batches are bad may belong to another.
             position += if damaged { ALIGNMENT as u64 } else { block_bytes };
         }
         // Not before all of the segment was looked at: a misdirected write may have left several copies in it.
-        if search.is_settled() {
+        if search.best().is_some_and(|best| search.is_settled(&best)) {
             break;
         }
     }

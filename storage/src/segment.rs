@@ -202,7 +202,8 @@ mod tests {
     fn a_header_says_what_the_segment_is_for_and_its_checksum_covers_it() {
         let mut bytes = vec![0xff; HEADER_BYTES as usize];
         for kind in [SegmentKind::Journal, SegmentKind::Compacted] {
-            let header = SegmentHeader { shard: ShardId(3), segment: SegmentId(7), generation: 9, kind, bytes: 64 << 20 };
+            let header =
+                SegmentHeader { shard: ShardId(3), segment: SegmentId(7), generation: 9, kind, bytes: 64 << 20 };
             encode(&header, &mut bytes);
             assert_eq!(decode(&bytes), Ok(Some(header)));
         }
