@@ -5,6 +5,7 @@
 //! - A write to a file that was not opened durable, and one that was under way when only the process died, is seen by
 //!   readers and may be lost, sector by sector, until the file is synced.
 //! - A name that was made or removed is certain after the directory was synced.
+//! - A read may end before what was asked for does.
 //! - A sync that fails has dropped what it was to make durable, and the next one knows nothing of it.
 
 use std::cell::{Cell, RefCell};
@@ -32,6 +33,8 @@ pub struct Disk {
 pub struct Faults {
     pub write: Cell<u64>,
     pub read: Cell<u64>,
+    /// Reads that have less than was asked for, and at least something.
+    pub short_read: Cell<u64>,
     pub sync: Cell<u64>,
     pub create: Cell<u64>,
     pub index: Cell<u64>,
@@ -41,7 +44,7 @@ pub struct Faults {
 
 impl Faults {
     pub fn clear(&self) {
-        for fault in [&self.write, &self.read, &self.sync, &self.create, &self.index, &self.slow] {
+        for fault in [&self.write, &self.read, &self.short_read, &self.sync, &self.create, &self.index, &self.slow] {
             fault.set(0);
         }
     }

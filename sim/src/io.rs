@@ -21,6 +21,8 @@ use crate::world::World;
 const STARTED_MS: u64 = 1_700_000_000_000;
 /// A new buffer holds this, so that nobody relies on zeros.
 const JUNK: u8 = 0xa5;
+/// A read that ends early has a multiple of this.
+const READ_UNIT: usize = 512;
 
 #[derive(Clone)]
 pub struct SimIo(pub Rc<World>);
@@ -205,7 +207,7 @@ impl File for SimFile {
         Ok(())
     }
 
-    async fn read_at(&self, position: u64, bytes: usize) -> io::Result<SimRead> {
+    async fn read_once(&self, position: u64, bytes: usize) -> io::Result<SimRead> {
         assert!(bytes.is_multiple_of(ALIGNMENT) && position.is_multiple_of(ALIGNMENT as u64), "{bytes} at {position}");
         let world = &self.io.0;
         self.io.delay().await;
@@ -213,7 +215,18 @@ impl File for SimFile {
             world.event(format_args!("read {} at {position} fails", self.name()));
             return Err(eio());
         }
-        Ok(SimRead(Rc::new(self.state.read(position, bytes))))
+        let mut read = self.state.read(position, bytes);
+        if READ_UNIT < read.len() && world.random.chance(world.disk.faults.short_read.get()) {
+            let units = world.random.in_range(1..read.len().div_ceil(READ_UNIT) as u64) as usize;
+            world.event(format_args!("read {} at {position} ends after {units} units", self.name()));
+            read.truncate(units * READ_UNIT);
+        }
+        Ok(SimRead(Rc::new(read)))
+    }
+
+    async fn size(&self) -> io::Result<u64> {
+        self.io.delay().await;
+        Ok(self.state.len())
     }
 
     async fn sync(&self) -> io::Result<()> {

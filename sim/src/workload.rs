@@ -37,6 +37,7 @@ struct Character {
     full: bool,
     write_faults: bool,
     read_faults: bool,
+    short_reads: bool,
     sync_faults: bool,
     create_faults: bool,
     index_faults: bool,
@@ -56,6 +57,7 @@ impl Character {
             full: random.one_in(3),
             write_faults: random.one_in(3),
             read_faults: random.one_in(4),
+            short_reads: random.one_in(4),
             sync_faults: random.one_in(4),
             create_faults: random.one_in(4),
             index_faults: random.one_in(5),
@@ -331,6 +333,7 @@ impl Run {
         };
         set(&faults.write, character.write_faults, 8);
         set(&faults.read, character.read_faults, 30);
+        set(&faults.short_read, character.short_reads, 50);
         set(&faults.sync, character.sync_faults, 100);
         set(&faults.create, character.create_faults, 200);
         set(&faults.index, character.index_faults, 20);

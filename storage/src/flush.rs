@@ -232,6 +232,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                     figures.ledgers_deleted += partition.ledgers.count() as u64;
                     partition.ledgers = Default::default();
                     partition.tail = Default::default();
+                    partition.dropped = true;
                     batch.dropped.push(partition.partition);
                 }
                 RowChange::Checkpoint(Checkpoint::End { generation, .. }) => {
@@ -359,7 +360,9 @@ impl<I: Io, T: 'static> Inner<I, T> {
             for index in indexing.touched.drain(..) {
                 let partition = &mut partitions.list[index as usize];
                 partition.touched = false;
-                if partition.deleted {
+                // As long as its end is not durable it may be there after a crash, and the index covers what it has by then:
+                // without its row nobody would know of it, and its messages would take their room for ever.
+                if partition.dropped {
                     continue;
                 }
                 batch.partitions.push((partition.partition, partition.row()));
@@ -371,8 +374,10 @@ impl<I: Io, T: 'static> Inner<I, T> {
                     continue;
                 }
                 last = Some((*id, extent.ledger));
-                let Some(&index) = partitions.by_id.get(id) else { continue };
-                let partition = &partitions.list[index as usize];
+                let known = partitions.by_id.get(id).map(|&index| &partitions.list[index as usize]);
+                // Those that are being deleted are found by no id.
+                let deleted = || partitions.list.iter().find(|other| other.partition == *id && !other.dropped);
+                let Some(partition) = known.or_else(deleted) else { continue };
                 if let Some(row) = partition.ledgers.row(extent.ledger) {
                     batch.ledgers.push((partition.ledger(extent.ledger), row));
                 }

@@ -23,6 +23,8 @@ pub(crate) struct ManagedLedger {
     /// The owner has opened it since the store was opened: retention runs.
     pub(crate) opened: bool,
     pub(crate) deleted: bool,
+    /// And that is durable.
+    pub(crate) dropped: bool,
     pub(crate) floor: Option<u64>,
     pub(crate) start_offset: u64,
     pub(crate) end_offset: u64,
@@ -56,6 +58,7 @@ impl ManagedLedger {
             roll,
             opened: false,
             deleted: false,
+            dropped: false,
             floor: None,
             start_offset: row.start_offset,
             end_offset: row.end_offset,

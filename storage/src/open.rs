@@ -342,7 +342,7 @@ impl Replay {
                 self.index.trims.push(trim);
             }
             RowChange::Drop => {
-                partition.deleted = true;
+                (partition.deleted, partition.dropped) = (true, true);
                 partition.ledgers = Ledgers::default();
                 partition.tail.clear();
                 self.partitions.by_id.remove(&id);

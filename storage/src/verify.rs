@@ -326,7 +326,7 @@ impl IoFile for DryFile {
         Ok(())
     }
 
-    async fn read_at(&self, position: u64, bytes: usize) -> io::Result<Rc<[u8]>> {
+    async fn read_once(&self, position: u64, bytes: usize) -> io::Result<Rc<[u8]>> {
         let mut out = vec![0; bytes];
         let mut have = 0;
         while have < bytes {
@@ -340,6 +340,10 @@ impl IoFile for DryFile {
         out.truncate(have);
         (self.progress)(have as u64);
         Ok(out.into())
+    }
+
+    async fn size(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
     }
 
     async fn sync(&self) -> io::Result<()> {

@@ -316,6 +316,37 @@ fn a_journal_that_rolled_and_wrote_nothing_goes_on_behind_the_cut() {
     }
 }
 
+/// Without an index nothing but the cut says that the first segment counts for nothing.
+#[test]
+fn a_journal_whose_first_write_failed_goes_on_behind_it_without_an_index() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = StoreConfig { segments_spare: 0, ..small(dir.path()) };
+    let lose_index = || std::fs::remove_dir_all(dir.path().join("index")).unwrap();
+    run(async {
+        let io = FaultyIo::new();
+        let f = open_with(io.clone(), dir.path(), config.clone()).await;
+        let slot = slot(&f, 1);
+        fail_a_write(&f, &io, slot, 0..1).await;
+        while f.store.figures().journal_rolls == 0 {
+            drava_runtime::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        f.store.close().await;
+    });
+    lose_index();
+    run(async {
+        let f = open(dir.path(), config.clone()).await;
+        f.append(slot(&f, 1), 7, 1, 100);
+        f.flushed(1).await;
+        f.store.close().await;
+    });
+    lose_index();
+    run(async {
+        let f = open(dir.path(), config.clone()).await;
+        assert_eq!(f.read_all(slot(&f, 1), 0).await, (vec![(0, 7)], vec![]));
+        f.store.close().await;
+    });
+}
+
 #[test]
 fn rows_of_state_and_a_deletion_survive_a_failed_write() {
     let dir = tempfile::tempdir().unwrap();

@@ -150,8 +150,12 @@ impl File for GlommioFile {
         Ok(())
     }
 
-    async fn read_at(&self, position: u64, bytes: usize) -> io::Result<ReadResult> {
+    async fn read_once(&self, position: u64, bytes: usize) -> io::Result<ReadResult> {
         self.0.read_at_aligned(position, bytes).await.map_err(io_error)
+    }
+
+    async fn size(&self) -> io::Result<u64> {
+        self.0.file_size().await.map_err(io_error)
     }
 
     async fn sync(&self) -> io::Result<()> {

@@ -306,9 +306,13 @@ impl drava_storage::io::File for FaultyFile {
         self.file.write_at(buffer, position).await
     }
 
-    async fn read_at(&self, position: u64, bytes: usize) -> std::io::Result<Self::Read> {
+    async fn read_once(&self, position: u64, bytes: usize) -> std::io::Result<Self::Read> {
         self.io.reads.set(self.io.reads.get() + 1);
-        self.file.read_at(position, bytes).await
+        self.file.read_once(position, bytes).await
+    }
+
+    async fn size(&self) -> std::io::Result<u64> {
+        self.file.size().await
     }
 
     async fn sync(&self) -> std::io::Result<()> {

@@ -433,7 +433,11 @@ impl File for MemoryFile {
         Ok(())
     }
 
-    async fn read_at(&self, position: u64, count: usize) -> io::Result<Rc<[u8]>> {
+    async fn size(&self) -> io::Result<u64> {
+        Ok(self.0.borrow().len() as u64)
+    }
+
+    async fn read_once(&self, position: u64, count: usize) -> io::Result<Rc<[u8]>> {
         let bytes = self.0.borrow();
         let start = (position as usize).min(bytes.len());
         let end = start.saturating_add(count).min(bytes.len());
