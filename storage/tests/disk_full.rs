@@ -24,7 +24,7 @@ async fn fill(f: &Fixture<FaultyIo>, slot: PartitionSlot) -> u64 {
             Err(AppendError::Full) => return count,
             Err(error) => panic!("{error}"),
         }
-        if seed % 4 == 0 {
+        if seed.is_multiple_of(4) {
             drava_runtime::time::sleep(Duration::from_micros(200)).await;
         }
     }

@@ -178,7 +178,8 @@ fn state_is_what_it_was_whenever_the_index_is_lost() {
                         }
                         1..7 => {
                             let key = format!("cursor/{}", random(&mut seed) % 8);
-                            let value = (0 < random(&mut seed) % 4).then(|| format!("{}", random(&mut seed)));
+                            let value =
+                                (!random(&mut seed).is_multiple_of(4)).then(|| format!("{}", random(&mut seed)));
                             put(&f, slot, &key, value.as_deref()).await;
                             let rows = model.get_mut(&id).unwrap();
                             match value {
