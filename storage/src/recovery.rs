@@ -289,6 +289,8 @@ pub(crate) async fn replay<I: Io>(
     let mut block = Parsed::default();
     let mut stale = Vec::new();
     let mut next_position = None;
+    // The highest that a block was taken up to, with its segment in the order.
+    let mut taken = (at, 0);
     // Without an index any block fits at the start: a copy that a misdirected write left there would hide those before it.
     let lowest = if start.is_none() { lowest_sequence(&mut reader, &mut block).await? } else { None };
     loop {
@@ -337,6 +339,7 @@ pub(crate) async fn replay<I: Io>(
                 previous_crc: header.crc,
             });
             seal(segments, order[at].1, header.id.sequence);
+            taken = (at, if taken.0 == at { position.max(taken.1) } else { position });
             if block.damaged {
                 // It is one of those found behind a bad block, or bad itself.
                 note_bad_batches(&mut replayed.damaged, order[at], (start_position, position), &block);
@@ -454,6 +457,10 @@ pub(crate) async fn replay<I: Io>(
         }));
     }
     reader.sync().await?;
+    if let Some(end) = replayed.end.as_mut().filter(|_| taken.0 == at) {
+        // A copy behind the end was taken for a block that is bad in its own place: it is not written over.
+        end.position = end.position.max(taken.1);
+    }
     if let (Some(end), false) = (replayed.end, stale.is_empty()) {
         let behind = stale.into_iter().filter(|(index, _)| *index == at).map(|(_, position)| position);
         replayed.end = Some(close(io, &reader, end, behind.collect()).await?);
