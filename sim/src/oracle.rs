@@ -160,6 +160,7 @@ impl Partition {
                 (entry.base_offset, entry.append_time_ms) == (batch.base_offset, batch.append_time_ms)
                     && (entry.header.record_count, entry.header.base_sequence)
                         == (batch.record_count, batch.base_sequence)
+                    && entry.header.producer == batch.producer
             };
             if self.at(batch.base_offset).is_some_and(is_it) {
                 continue;

@@ -286,6 +286,8 @@ pub(crate) async fn replay<I: Io>(
     let mut reader = Reader::open(io, dir, segments, order[at], shard).await?;
     let mut block = Parsed::default();
     let mut stale = Vec::new();
+    // What was jumped over last: a segment in the order, and positions.
+    let mut skipped: Option<(usize, std::ops::Range<u64>)> = None;
     // Without an index any block fits at the start: a copy that a misdirected write left there would hide those before it.
     let lowest = if start.is_none() { lowest_sequence(&mut reader, &mut block).await? } else { None };
     loop {
@@ -344,7 +346,9 @@ pub(crate) async fn replay<I: Io>(
                 );
                 // A part of it may have strayed here: then it claims room that belongs to the next.
                 let claimed = end_position - header.block_bytes as u64..end_position;
-                position = next_within(&mut reader, claimed, &header).await?.unwrap_or(end_position);
+                position = next_within(&mut reader, claimed.start + ALIGNMENT as u64..claimed.end, &chain)
+                    .await?
+                    .unwrap_or(end_position);
             }
             visitor.pause().await?;
             continue;
@@ -353,6 +357,15 @@ pub(crate) async fn replay<I: Io>(
         tracing::debug!(segment = order[at].1.0, position, expected = chain.sequence, found, ?problem, "no next block");
         if sealed && replayed.blocks == 0 && problem == Misfit::Nothing {
             break;
+        }
+        if let Some((_, range)) = skipped.take_if(|(index, _)| *index == at)
+            && chain.crc.is_some()
+            && goes_on_later(io, dir, segments, &order[at + 1..], shard, &chain).await?
+            && let Some(found) = next_within(&mut reader, range, &chain).await?
+        {
+            // What was jumped to was a copy of the bad block that had strayed there; its successor is in its own place.
+            position = found;
+            continue;
         }
         // A segment ends where another goes on: the next, unless that was made ready and never used.
         let mut moved = false;
@@ -425,6 +438,9 @@ pub(crate) async fn replay<I: Io>(
                 }
                 replayed.damaged.push(range);
             }
+        }
+        if !jump && later.ends.is_none() && position < later.position {
+            skipped = Some((at, position..later.position));
         }
         if jump {
             reader.sync().await?;
@@ -839,17 +855,37 @@ async fn find_later<I: Io>(
     Ok(search.finish())
 }
 
-/// Where in the room that a block claims the one lies that follows it.
+/// Whether one of these segments starts with a block of the journal's that comes later: then its end is not here, and going
+/// back in this one writes over nothing.
+async fn goes_on_later<I: Io>(
+    io: &I,
+    dir: &Path,
+    segments: &[Option<Segment<I::File>>],
+    order: &[(u64, SegmentId)],
+    shard: ShardId,
+    chain: &Chain,
+) -> Result<bool, OpenError> {
+    let mut block = Parsed::default();
+    for &listed in order {
+        let mut reader = Reader::open(io, dir, segments, listed, shard).await?;
+        let found = reader.block(segment::HEADER_BYTES, &mut block).await?.ok().and(block.header);
+        if found.is_some_and(|found| chain.sequence.is_some_and(|sequence| sequence <= found.id.durable_sequence)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Where in a range the block lies that is known to be the next.
 async fn next_within<F: File>(
     reader: &mut Reader<F>,
-    claimed: std::ops::Range<u64>,
-    header: &BlockHeader,
+    range: std::ops::Range<u64>,
+    chain: &Chain,
 ) -> Result<Option<u64>, OpenError> {
-    let follows = Chain { sequence: Some(header.id.sequence + 1), crc: Some(header.crc) };
     let mut block = Parsed::default();
-    for position in claimed.step_by(ALIGNMENT).skip(1) {
+    for position in range.step_by(ALIGNMENT) {
         let found = reader.block(position, &mut block).await?.ok().and(block.header);
-        if found.is_some_and(|found| follows.links(found.id.sequence, found.id.previous_crc)) {
+        if found.is_some_and(|found| chain.links(found.id.sequence, found.id.previous_crc)) {
             return Ok(Some(position));
         }
     }
