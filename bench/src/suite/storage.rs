@@ -118,6 +118,8 @@ impl Suite {
                 topics: 1,
                 consumers: Some(1),
                 messages: None,
+                // A topic is read in milliseconds: again and again, from the disk each time, so that no hiccup decides.
+                repeat: true,
                 ..fill.clone()
             };
             let outcome = self.drive(Kind::Consume, &read)?;
