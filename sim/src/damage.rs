@@ -6,7 +6,7 @@
 //! "Recovery".
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use drava_protocol::PartitionId;
@@ -21,9 +21,12 @@ const PAGE_BYTES: u64 = 4096;
 const CHECKPOINT_ROW: u8 = 5;
 const CHECKPOINT_PARTITION: u8 = 6;
 const CHECKPOINT_END: u8 = 7;
+const CHECKPOINT_EXTENT: u8 = 8;
 
 struct FoundBlock {
     file: usize,
+    /// Of its store: sequences count in each.
+    dir: PathBuf,
     range: Range<u64>,
     sequence: u64,
     durable_sequence: u64,
@@ -34,20 +37,27 @@ struct FoundBlock {
     extents: Vec<(PartitionId, Range<u64>)>,
 }
 
-/// Changes one place of one segment. `is_open`: of a store that goes on writing. `sequences` are those of all blocks damaged
-/// in this run.
-pub fn damage(world: &World, oracle: &mut Oracle, sequences: &mut Vec<u64>, is_open: bool) {
+/// A block of the run, by the directory of its store.
+pub type BlockName = (PathBuf, u64);
+
+/// Changes one place of one segment. `is_open`: of a store that goes on writing. `draining` are the directories of those that
+/// do not any more. `damaged` has all blocks that were damaged in this run.
+pub fn damage(world: &World, oracle: &mut Oracle, damaged: &mut Vec<BlockName>, draining: &[PathBuf], is_open: bool) {
     let files: Vec<(PathBuf, Rc<FileState>)> =
         world.disk.files().into_iter().filter(|(_, file)| PAGE_BYTES < file.len()).collect();
     if files.is_empty() {
         return;
     }
     let mut blocks = Vec::new();
-    for (index, (_, file)) in files.iter().enumerate() {
-        find_blocks(index, file, &mut blocks);
+    for (index, (path, file)) in files.iter().enumerate() {
+        find_blocks(index, path, file, &mut blocks);
     }
-    let checkpoints: Vec<_> = blocks.iter().filter_map(|block| Some(block.ends_checkpoint?..block.sequence)).collect();
-    let last_end = checkpoints.iter().map(|checkpoint| checkpoint.end).max().unwrap_or(0);
+    let checkpoints: Vec<_> =
+        blocks.iter().filter_map(|block| Some((&block.dir, block.ends_checkpoint?..block.sequence))).collect();
+    let last_end = |dir: &PathBuf| {
+        let of_store = checkpoints.iter().filter(|(found, _)| *found == dir);
+        of_store.map(|(_, checkpoint)| checkpoint.end).max().unwrap_or(0)
+    };
     let random = &world.random;
     let file = random.below(files.len() as u64) as usize;
     let (path, state) = &files[file];
@@ -70,17 +80,17 @@ pub fn damage(world: &World, oracle: &mut Oracle, sequences: &mut Vec<u64>, is_o
     let header = range.start < PAGE_BYTES;
     for hit in blocks.iter().filter(|block| block.file == file) {
         if header || hit.range.start < range.end && range.start < hit.range.end {
-            sequences.push(hit.sequence);
+            damaged.push((hit.dir.clone(), hit.sequence));
             excuse(oracle, hit);
-            // One that is being written will have an end all the same.
-            oracle.checkpoint_damaged |= hit.repeats
-                || checkpoints
-                    .iter()
-                    .any(|checkpoint| checkpoint.start < hit.sequence && hit.sequence <= checkpoint.end)
-                || is_open && last_end < hit.sequence;
+            let mut within = checkpoints.iter().filter(|(dir, _)| **dir == hit.dir);
+            let within =
+                within.any(|(_, checkpoint)| checkpoint.start < hit.sequence && hit.sequence <= checkpoint.end);
+            // One that is being written will have an end all the same. Those of old stores are not needed any more.
+            let is_open = is_open && last_end(&hit.dir) < hit.sequence;
+            oracle.checkpoint_damaged |= !draining.contains(&hit.dir) && (hit.repeats || within || is_open);
         }
     }
-    excuse_unvouched(oracle, blocks, sequences);
+    excuse_unvouched(oracle, blocks, damaged);
 
     let (start, end) = (range.start as usize, range.end as usize);
     match random.below(3) {
@@ -98,19 +108,20 @@ pub fn damage(world: &World, oracle: &mut Oracle, sequences: &mut Vec<u64>, is_o
 
 /// What became durable since something was damaged may be gone with it: what was in flight at that time does not say that
 /// the damaged block was durable.
-pub fn stopped(world: &World, oracle: &mut Oracle, sequences: &[u64]) {
+pub fn stopped(world: &World, oracle: &mut Oracle, damaged: &[BlockName]) {
     let mut blocks = Vec::new();
-    for (index, (_, file)) in world.disk.files().iter().enumerate() {
-        find_blocks(index, file, &mut blocks);
+    for (index, (path, file)) in world.disk.files().iter().enumerate() {
+        find_blocks(index, path, file, &mut blocks);
     }
-    excuse_unvouched(oracle, blocks, sequences);
+    excuse_unvouched(oracle, blocks, damaged);
 }
 
-fn excuse_unvouched(oracle: &mut Oracle, mut blocks: Vec<FoundBlock>, sequences: &[u64]) {
-    blocks.retain(|block| !sequences.contains(&block.sequence));
-    for &sequence in sequences {
-        if !blocks.iter().any(|block| sequence <= block.durable_sequence) {
-            blocks.iter().filter(|block| sequence < block.sequence).for_each(|block| excuse(oracle, block));
+fn excuse_unvouched(oracle: &mut Oracle, mut blocks: Vec<FoundBlock>, damaged: &[BlockName]) {
+    blocks.retain(|block| !damaged.iter().any(|(dir, sequence)| (dir, *sequence) == (&block.dir, block.sequence)));
+    for (dir, sequence) in damaged {
+        let of_store = || blocks.iter().filter(|block| block.dir == *dir);
+        if !of_store().any(|block| *sequence <= block.durable_sequence) {
+            of_store().filter(|block| *sequence < block.sequence).for_each(|block| excuse(oracle, block));
         }
     }
 }
@@ -121,7 +132,8 @@ fn excuse(oracle: &mut Oracle, block: &FoundBlock) {
     }
 }
 
-fn find_blocks(file: usize, state: &FileState, out: &mut Vec<FoundBlock>) {
+fn find_blocks(file: usize, path: &Path, state: &FileState, out: &mut Vec<FoundBlock>) {
+    let dir = path.parent().map(Path::to_owned).unwrap_or_default();
     // What is not durable yet may go before anybody can ask it what was.
     let bytes = state.media();
     // Page by page: a header that strayed here may claim what follows, and nothing but batches says that it is wrong.
@@ -134,13 +146,14 @@ fn find_blocks(file: usize, state: &FileState, out: &mut Vec<FoundBlock>) {
         });
         let (mut repeats, mut ends_checkpoint) = (false, None);
         for (kind, value) in rows {
-            repeats |= [CHECKPOINT_ROW, CHECKPOINT_PARTITION, CHECKPOINT_END].contains(&kind);
+            repeats |= [CHECKPOINT_ROW, CHECKPOINT_PARTITION, CHECKPOINT_END, CHECKPOINT_EXTENT].contains(&kind);
             if kind == CHECKPOINT_END {
                 ends_checkpoint = value.first_chunk().map(|covered| u64::from_le_bytes(*covered));
             }
         }
         out.push(FoundBlock {
             file,
+            dir: dir.clone(),
             range: position as u64..position as u64 + header.block_bytes as u64,
             sequence: header.id.sequence,
             durable_sequence: header.id.durable_sequence,

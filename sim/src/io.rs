@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use drava_storage::StoreId;
 use drava_storage::index::kv::{Kv, KvBatch, Row, Visit};
 use drava_storage::index::model::ModelKv;
 use drava_storage::index::{Index, IndexError, IndexWorker};
@@ -66,10 +67,16 @@ impl SimIo {
         world.executor.sleep(time).await;
     }
 
-    /// The index of the one shard there is.
-    pub fn index(&self) -> Index {
-        let (kv, fails) = (self.0.kv.clone(), self.0.index_fails.clone());
-        Index::new("sim", Box::new(FaultyKv { kv, fails, failed: false }))
+    /// The indexes of these stores. What is left of others is dropped.
+    pub fn indexes(&self, stores: &[StoreId]) -> Vec<Index> {
+        let families = self.0.open_families(stores);
+        // Whoever asks it outside of a worker's requests finds it good.
+        self.0.index_fails.store(false, Ordering::Relaxed);
+        let index = |(store, kv): (&StoreId, ModelKv)| {
+            let fails = self.0.index_fails.clone();
+            Index::new(&format!("sim-{store}"), Box::new(FaultyKv { kv, fails, failed: false }))
+        };
+        stores.iter().zip(families).map(index).collect()
     }
 }
 
@@ -121,6 +128,13 @@ impl Io for SimIo {
         self.delay().await;
         self.0.event(format_args!("remove {}", path.display()));
         if self.0.disk.remove(path) { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
+    }
+
+    async fn remove_dir(&self, dir: &Path) -> io::Result<()> {
+        self.delay().await;
+        self.0.event(format_args!("remove {}", dir.display()));
+        let is_empty = self.0.disk.files().iter().all(|(path, _)| path.parent() != Some(dir));
+        if is_empty { Ok(()) } else { Err(io::ErrorKind::DirectoryNotEmpty.into()) }
     }
 
     async fn sync_dir(&self, dir: &Path) -> io::Result<()> {

@@ -4,7 +4,8 @@
 //! 1. [`executor`] runs the store and its background work on one thread, in an order that the seed chooses, with a clock
 //!    that jumps to the next timer.
 //! 2. [`disk`] is a disk in memory that loses what a disk may lose; [`io`] is the storage's seam to it.
-//! 3. [`workload`] does what a shard does, with crashes, faults and damage in between ([`damage`]).
+//! 3. [`workload`] does what the shards of a node do, with crashes, faults and damage in between ([`damage`]), and now and
+//!    then a start with another number of shards ([`layout`]).
 //! 4. [`oracle`] says what must hold, and panics when it does not.
 //!
 //! The index is `drava_storage`'s own model of a database; that model and RocksDB pass one contract test.
@@ -13,6 +14,7 @@ pub mod damage;
 pub mod disk;
 pub mod executor;
 pub mod io;
+pub mod layout;
 pub mod oracle;
 pub mod random;
 pub mod workload;

@@ -9,7 +9,7 @@ use clap::Parser;
 use drava_sim::{Outcome, STEPS};
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Simulates the storage of a shard on a disk that fails, and checks that it keeps what it promised.
+/// Simulates the storage of a node on a disk that fails, and checks that it keeps what it promised.
 #[derive(Parser)]
 #[command(name = "drava-sim", version)]
 struct Args {

@@ -26,7 +26,7 @@ pub struct Oracle {
     pub checked: u64,
     pub acked: u64,
     /// A checkpoint was damaged: when the index is lost, too, rows and starts go back, and what was dropped may be there
-    /// again. No message is excused by it.
+    /// again. Messages are excused by it only in old stores, of which nothing else says what is in them.
     pub checkpoint_damaged: bool,
 }
 
@@ -57,6 +57,8 @@ pub struct Partition {
     /// Their writes failed or died with the node, and their offsets were given out again. Until one of those is acknowledged
     /// a crash may bring these back: what is sent again goes to the same place, and sectors of both make one of them whole.
     given_up: Vec<Entry>,
+    /// Everything below is in stores that drain.
+    foreign_end: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +107,7 @@ impl Partition {
             life: Life::Live,
             damaged: false,
             given_up: Vec::new(),
+            foreign_end: 0,
         }
     }
 
@@ -357,12 +360,36 @@ impl Oracle {
         self.pending.clear();
     }
 
-    /// Checks what was found at open and goes on from there.
-    pub fn recovered(&mut self, recovered: &Recovered) {
-        let mut found: BTreeMap<PartitionId, &RecoveredPartition> =
-            recovered.partitions.iter().map(|partition| (partition.partition, partition)).collect();
-        if self.checkpoint_damaged && recovered.index_rebuilt {
-            self.partitions.values_mut().for_each(|partition| partition.damaged = true);
+    /// What a store that is about to be closed has replayed: the next to open it finds no trace of how that came.
+    pub fn replayed(&mut self, found: &[RecoveredPartition]) {
+        for found in found {
+            let partition = self.partitions.get_mut(&found.partition).filter(|partition| partition.life == Life::Live);
+            if let Some(partition) = partition {
+                partition.take_back(found);
+            }
+        }
+    }
+
+    /// The node has new stores, and all there was is in old ones.
+    pub fn resharded(&mut self) {
+        self.partitions.values_mut().for_each(|partition| partition.foreign_end = partition.acked_end);
+        // The new stores have checkpoints of their own.
+        self.checkpoint_damaged = false;
+    }
+
+    /// Checks what was found at open, in all stores, and goes on from there.
+    pub fn recovered(&mut self, stores: &[Recovered]) {
+        let mut found: BTreeMap<PartitionId, &RecoveredPartition> = BTreeMap::new();
+        for partition in stores.iter().flat_map(|store| &store.partitions) {
+            let other = found.insert(partition.partition, partition);
+            assert!(other.is_none(), "{} is in two stores", partition.partition);
+        }
+        if self.checkpoint_damaged && stores.iter().any(|store| store.index_rebuilt) {
+            for partition in self.partitions.values_mut() {
+                partition.damaged = true;
+                let in_old_stores = partition.within(&(0..partition.foreign_end));
+                partition.entries[in_old_stores].iter_mut().for_each(|entry| entry.damaged = true);
+            }
         }
         for (&id, partition) in &mut self.partitions {
             let found = found.remove(&id);

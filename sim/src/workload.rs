@@ -1,5 +1,5 @@
-//! What the simulated shard does: publishes, reads, cursors, retention, drops, crashes, stops and starts, on a disk that
-//! fails as the seed says.
+//! What the simulated shards do: publishes, reads, cursors, retention, drops, crashes, stops and starts, some of them with
+//! another number of shards, on a disk that fails as the seed says.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -7,16 +7,20 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
+use drava_protocol::PartitionId;
 use drava_protocol::batch::{self, Builder, NewRecord, Seal};
-use drava_protocol::{PartitionId, ShardId};
 use drava_runtime::chunk::Slice;
+use drava_storage::foreign::{self, Drained};
+use drava_storage::reshard::{self, ReshardError};
 use drava_storage::{
-    AppendError, Cached, FlushError, FlushSink, Io, NewEntry, PartitionLimits, PartitionSlot, ReadError, Recovered,
-    ReplayedBatch, StateBatch, Store, StoreConfig,
+    AppendError, Cached, FlushError, FlushSink, ForeignStores, Index, IndexError, Io, NewEntry, PartitionLimits,
+    PartitionSlot, ReadError, RecoveredPartition, ReplayedBatch, StateBatch, Store, StoreConfig, StoreId,
 };
 
+use crate::damage::BlockName;
 use crate::executor::Ended;
 use crate::io::SimIo;
+use crate::layout::{self, Layout, config_of};
 use crate::oracle::{Life, Oracle, Partition, Staged, Token, cursor_key};
 use crate::producers::{Admission, ProducerSlot, Producers};
 use crate::random::Random;
@@ -25,6 +29,8 @@ use crate::world::World;
 /// Batches that a producer has under way.
 const UNACKED_MAX: usize = 24;
 const PARTITIONS_MAX: usize = 6;
+/// More than a node has.
+const SHARDS_MAX: u64 = 5;
 /// Longer than any wait of the store's own.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Of a phase between two starts; a store that needs more makes no progress.
@@ -44,6 +50,8 @@ struct Character {
     /// Now and then the family of the index is gone after a stop.
     index_loss: bool,
     slow: bool,
+    /// Now and then a start has another number of shards.
+    reshard: bool,
     /// One step in so many is a crash.
     crash_every: u64,
     /// The most that a record has.
@@ -63,6 +71,7 @@ impl Character {
             index_faults: random.one_in(5),
             index_loss: random.one_in(4),
             slow: random.one_in(3),
+            reshard: random.one_in(3),
             crash_every: *random.pick(&[30, 60, 150]),
             payload_bytes_max: *random.pick(&[200, 1000, 6000]),
         }
@@ -73,8 +82,6 @@ fn store_config(random: &Random) -> StoreConfig {
     let block_bytes_max = *random.pick(&[8 << 10, 16 << 10, 32 << 10]);
     let segment_bytes = (*random.pick(&[36u64 << 10, 64 << 10, 128 << 10])).max(2 * block_bytes_max as u64 + 4096);
     StoreConfig {
-        dir: PathBuf::from("shard-000"),
-        shard: ShardId(0),
         segment_bytes,
         segments_spare: random.below(3) as usize,
         block_bytes_max,
@@ -120,7 +127,9 @@ struct Client {
 pub struct Run {
     pub world: Rc<World>,
     pub oracle: RefCell<Oracle>,
+    /// Of every store.
     config: RefCell<StoreConfig>,
+    layout: RefCell<Layout>,
     character: Character,
     clients: RefCell<BTreeMap<PartitionId, Vec<Client>>>,
     /// As the shard has them, for the node that runs now.
@@ -130,7 +139,7 @@ pub struct Run {
     producers_made: Cell<u64>,
     batches_made: Cell<u64>,
     steps_left: Cell<u64>,
-    damaged_sequences: RefCell<Vec<u64>>,
+    damaged_blocks: RefCell<Vec<BlockName>>,
     /// Something was damaged since the last start.
     damaged_open: Cell<bool>,
     builder: RefCell<Builder>,
@@ -148,38 +157,55 @@ enum End {
     Over,
 }
 
-/// The store while it is open.
+/// Where a partition is, for as long as the node runs.
+#[derive(Clone, Copy)]
+struct Place {
+    shard: usize,
+    slot: PartitionSlot,
+}
+
+/// The stores while they are open.
 struct Session {
     run: Rc<Run>,
-    store: Store<SimIo, Token>,
-    slots: RefCell<BTreeMap<PartitionId, PartitionSlot>>,
+    /// By shard.
+    stores: Vec<Store<SimIo, Token>>,
+    slots: RefCell<BTreeMap<PartitionId, Place>>,
     /// Where sequential readers are.
     readers: Rc<RefCell<BTreeMap<PartitionId, u64>>>,
 }
 
-struct Sink(Rc<Run>);
+/// Of one shard.
+struct Sink {
+    run: Rc<Run>,
+    shard: usize,
+}
 
 impl FlushSink<Token> for Sink {
     fn flushed(&mut self, tokens: &mut Vec<Token>) {
         for token in tokens.drain(..) {
-            self.0.flushed(token);
+            self.run.flushed(token);
         }
     }
 
     fn failed(&mut self, tokens: &mut Vec<Token>, error: &FlushError) {
         for token in tokens.drain(..) {
-            self.0.failed(token, error);
+            self.run.failed(token, error);
         }
     }
 
     fn collect_state(&mut self, out: &mut StateBatch) {
-        for (&id, producers) in self.0.producers.borrow_mut().iter_mut() {
-            producers.collect(|producer, row| match row {
-                Some(row) => out.put(id, &producer_key(producer), &row),
-                None => out.delete(id, &producer_key(producer)),
-            });
-        }
+        let layout = self.run.layout.borrow();
+        let mut producers = self.run.producers.borrow_mut();
+        let own = producers.iter_mut().filter(|(id, _)| layout.shard_of(**id) == self.shard);
+        own.for_each(|(id, producers)| collect_rows(*id, producers, out));
     }
+}
+
+fn collect_rows(id: PartitionId, producers: &mut Producers, out: &mut StateBatch) {
+    producers.collect(|producer, row| match row {
+        Some(row) => out.put(id, &producer_key(producer), &row),
+        None => out.delete(id, &producer_key(producer)),
+    });
 }
 
 fn producer_key(producer: u64) -> Vec<u8> {
@@ -193,10 +219,12 @@ impl Run {
         let world = World::new(seed, printed);
         let config = store_config(&world.random);
         let character = Character::new(&world.random);
+        let shards = if character.reshard { world.random.in_range(1..SHARDS_MAX) as u16 } else { 1 };
         world.event(format_args!("{config:?} {character:?}"));
         Rc::new(Run {
             oracle: RefCell::default(),
             config: RefCell::new(config),
+            layout: RefCell::new(Layout::new(shards)),
             character,
             clients: RefCell::default(),
             producers: RefCell::default(),
@@ -205,7 +233,7 @@ impl Run {
             producers_made: Cell::new(0),
             batches_made: Cell::new(0),
             steps_left: Cell::new(steps),
-            damaged_sequences: RefCell::default(),
+            damaged_blocks: RefCell::default(),
             damaged_open: Cell::new(false),
             builder: RefCell::new(Builder::new(8 << 20)),
             crashes: Cell::new(0),
@@ -229,10 +257,14 @@ impl Run {
             };
             self.stop(end);
         }
-        for _ in 0..2 {
+        let mut looks = 0;
+        while looks < 2 {
             let last = last_session(self.clone());
             match world.executor.run(&world.random, POLLS_MAX, last) {
-                Ended::Done(()) => self.stop(End::Sealed),
+                Ended::Done(end) => {
+                    looks += u32::from(end == End::Sealed);
+                    self.stop(end);
+                }
                 ended => panic!("the last look at everything does not end: {ended:?}"),
             }
         }
@@ -250,16 +282,16 @@ impl Run {
         } else {
             world.disk.lose_process(&world.random);
         }
-        world.kv.crash(|pending| world.random.below(pending as u64 + 1) as usize);
+        world.crash_families();
         if self.character.index_loss && world.random.one_in(4) {
             world.event(format_args!("the index is lost"));
-            world.kv.clear();
+            world.lose_families();
         }
         self.closing.set(false);
         self.oracle.borrow_mut().crashed();
         if self.damaged_open.take() {
-            let sequences = self.damaged_sequences.borrow();
-            crate::damage::stopped(&self.world, &mut self.oracle.borrow_mut(), &sequences);
+            let damaged = self.damaged_blocks.borrow();
+            crate::damage::stopped(&self.world, &mut self.oracle.borrow_mut(), &damaged);
         }
         self.sequenced.borrow_mut().clear();
         self.producers.borrow_mut().clear();
@@ -273,15 +305,15 @@ impl Run {
             self.damage(false);
         }
         if world.random.one_in(10) {
-            let dir = self.config.borrow().dir.clone();
-            self.config.replace(StoreConfig { dir, ..store_config(&world.random) });
+            self.config.replace(store_config(&world.random));
         }
     }
 
     fn damage(&self, is_open: bool) {
         self.damaged_open.set(is_open);
-        let (mut oracle, mut sequences) = (self.oracle.borrow_mut(), self.damaged_sequences.borrow_mut());
-        crate::damage::damage(&self.world, &mut oracle, &mut sequences, is_open);
+        let (mut oracle, mut damaged) = (self.oracle.borrow_mut(), self.damaged_blocks.borrow_mut());
+        let draining: Vec<PathBuf> = layout::dirs(&self.layout.borrow().draining).into_values().collect();
+        crate::damage::damage(&self.world, &mut oracle, &mut damaged, &draining, is_open);
     }
 
     fn flushed(&self, token: Token) {
@@ -324,6 +356,18 @@ impl Run {
         }
     }
 
+    /// The stores did not open: that is fine on a bad disk, which is good from then on.
+    fn excuse(&self, error: &dyn std::error::Error) {
+        let (error, world) = (with_sources(error), &self.world);
+        let faults = &world.disk.faults;
+        let all = [&faults.write, &faults.read, &faults.sync, &faults.create, &faults.index];
+        let excused = all.iter().any(|fault| 0 < fault.get()) || world.disk.capacity_bytes.get() != u64::MAX;
+        assert!(excused, "the stores do not open: {error}");
+        world.event(format_args!("open fails: {error}"));
+        faults.clear();
+        world.disk.capacity_bytes.set(u64::MAX);
+    }
+
     fn faults_on(&self) {
         let (faults, random, character) = (&self.world.disk.faults, &self.world.random, &self.character);
         let set = |fault: &Cell<u64>, wanted: bool, per_mille: u64| {
@@ -360,49 +404,59 @@ impl Run {
     }
 }
 
-/// Opens the store; with a disk that fails it may take several tries.
-async fn open(run: &Rc<Run>) -> Rc<Session> {
+/// Starts the node. `None`: the disk failed, and the process ends.
+async fn open(run: &Rc<Run>) -> Option<Rc<Session>> {
+    let opened = try_open(run).await;
+    opened.map_err(|error| run.excuse(&*error)).ok()
+}
+
+async fn try_open(run: &Rc<Run>) -> Result<Rc<Session>, Box<dyn std::error::Error>> {
     let world = &run.world;
     world.disk.faults.clear();
     run.faults_on();
-    let (store, recovered) = loop {
-        let io = SimIo(world.clone());
-        let config = run.config.borrow().clone();
-        let index = io.index();
-        match Store::open(io, config, index).await {
-            Ok(opened) => break opened,
-            Err(error) => {
-                let faults = &world.disk.faults;
-                let all = [&faults.write, &faults.read, &faults.sync, &faults.create, &faults.index];
-                let excused = all.iter().any(|fault| 0 < fault.get()) || world.disk.capacity_bytes.get() != u64::MAX;
-                assert!(excused, "the store does not open: {}", with_sources(&error));
-                world.event(format_args!("open fails: {}", with_sources(&error)));
-                faults.clear();
-                world.disk.capacity_bytes.set(u64::MAX);
-            }
+    let shards = run.layout.borrow().shards();
+    let wanted = if run.character.reshard && world.random.one_in(3) { world.random.in_range(1..SHARDS_MAX) } else { 0 };
+    if wanted != 0 && wanted as usize != shards {
+        world.event(format_args!("reshard {shards} to {wanted}"));
+        reshard(run, wanted as u16).await?;
+    }
+    let foreign = drain(run).await?;
+    let layout = run.layout.borrow().clone();
+    let (mut stores, mut all) = (Vec::new(), Vec::new());
+    let indexes = SimIo(world.clone()).indexes(&layout.stores);
+    for (shard, (&store, index)) in layout.stores.iter().zip(indexes).enumerate() {
+        let config = config_of(&run.config.borrow(), store, foreign.clone());
+        let (store, recovered) = Store::open(SimIo(world.clone()), config, index).await?;
+        world.event(format_args!(
+            "open: {} blocks replayed, damaged {:?}, torn {:?}",
+            recovered.replayed_blocks, recovered.damaged, recovered.torn
+        ));
+        for partition in &recovered.partitions {
+            let id = partition.partition;
+            assert!(layout.shard_of(id) == shard, "{id} is in shard {shard}");
         }
-    };
-    world.event(format_args!(
-        "open: {} blocks replayed, damaged {:?}, torn {:?}",
-        recovered.replayed_blocks, recovered.damaged, recovered.torn
-    ));
-    run.oracle.borrow_mut().recovered(&recovered);
-    restore_producers(run, &recovered);
-    let session = Rc::new(Session { run: run.clone(), store, slots: RefCell::default(), readers: Rc::default() });
+        stores.push(store);
+        all.push(recovered);
+    }
+    run.oracle.borrow_mut().recovered(&all);
+    for partition in all.iter().flat_map(|recovered| &recovered.partitions) {
+        run.producers.borrow_mut().insert(partition.partition, producers_of(partition));
+    }
+    let session = Rc::new(Session { run: run.clone(), stores, slots: RefCell::default(), readers: Rc::default() });
     let mut dropped = Vec::new();
-    for recovered in &recovered.partitions {
+    for recovered in all.iter().flat_map(|recovered| &recovered.partitions) {
         let id = recovered.partition;
         let (limits, life) = {
             let oracle = run.oracle.borrow();
             let partition = &oracle.partitions[&id];
             (partition.limits, partition.life)
         };
-        let slot = session.store.open_partition(id, limits);
+        let place = session.open_partition(id, limits);
         if life == Life::Live {
-            session.slots.borrow_mut().insert(id, slot);
+            session.slots.borrow_mut().insert(id, place);
         } else {
             // Its drop did not come to its end, or the row of it was damaged.
-            dropped.push((id, slot));
+            dropped.push((id, place));
         }
     }
     // Partitions of which nothing was written yet are not found; the metadata still has them.
@@ -413,35 +467,101 @@ async fn open(run: &Rc<Run>) -> Rc<Session> {
     };
     for (id, limits) in unfound {
         let mut slots = session.slots.borrow_mut();
-        slots.entry(id).or_insert_with(|| session.store.open_partition(id, limits));
+        slots.entry(id).or_insert_with(|| session.open_partition(id, limits));
     }
     session.set_floors();
-    session.store.start(Rc::new(RefCell::new(Sink(run.clone()))));
-    dropped.into_iter().for_each(|(id, slot)| session.delete(id, slot));
-    session
+    for (shard, store) in session.stores.iter().enumerate() {
+        store.start(Rc::new(RefCell::new(Sink { run: run.clone(), shard })));
+    }
+    dropped.into_iter().for_each(|(id, place)| session.delete(id, place));
+    Ok(session)
+}
+
+/// The steps of a start with another number of shards.
+async fn reshard(run: &Rc<Run>, shards: u16) -> Result<(), ReshardError> {
+    let world = &run.world;
+    let io = SimIo(world.clone());
+    let old = run.layout.borrow().clone();
+    let new = old.followed_by(shards);
+    let config = |layout: &Layout, store| config_of(&run.config.borrow(), store, layout.unheard());
+    let mut all = Vec::new();
+    for (&store, index) in old.stores.iter().zip(io.indexes(&old.stores)) {
+        let oracle = run.clone();
+        let derive = move |found: &[RecoveredPartition], out: &mut StateBatch| {
+            oracle.oracle.borrow_mut().replayed(found);
+            for partition in found.iter().filter(|partition| !partition.replayed.is_empty()) {
+                collect_rows(partition.partition, &mut producers_of(partition), out);
+            }
+        };
+        all.push(reshard::seal(io.clone(), config(&old, store), index, derive).await?);
+    }
+    run.oracle.borrow_mut().recovered(&all);
+
+    // A start that was cut short may have left rows and files.
+    drop(io.indexes(&old.stores));
+    old.remove_undecided(world);
+    let both: Vec<StoreId> = old.stores.iter().chain(&new.stores).copied().collect();
+    let mut from = io.indexes(&both);
+    let mut to = from.split_off(old.shards());
+    let from: Vec<(StoreId, Index)> = old.stores.iter().copied().zip(from).collect();
+    let moved = reshard::move_rows(&from, &mut to, &|id| new.shard_of(id))?;
+    drop((from, to));
+    for (&store, index) in new.stores.iter().zip(io.indexes(&both).into_iter().skip(old.shards())) {
+        reshard::anchor(io.clone(), config(&new, store), index).await?;
+    }
+    world.event(format_args!("resharded to {shards}: {moved:?}"));
+    run.layout.replace(new);
+    run.oracle.borrow_mut().resharded();
+    Ok(())
+}
+
+/// Removes what is in old stores for nobody, now and as long as the node runs.
+async fn drain(run: &Rc<Run>) -> Result<Option<ForeignStores>, DrainError> {
+    let world = &run.world;
+    let io = SimIo(world.clone());
+    let layout = run.layout.borrow().clone();
+    layout.remove_undecided(world);
+    let indexes = io.indexes(&layout.stores);
+    for index in &indexes {
+        if !index.is_made()? {
+            return Ok(layout.unheard());
+        }
+    }
+    let holders = foreign::holders(&indexes)?;
+    let Drained { left, gone } = foreign::drain(&io, layout::dirs(&layout.draining), holders).await?;
+    world.event(format_args!("drained: {gone:?}"));
+    run.layout.borrow_mut().draining.retain(|store| !gone.contains(store));
+    let Some((foreign, drainer)) = left else { return Ok(None) };
+    world.executor.spawn(drainer.run());
+    Ok(Some(foreign))
+}
+
+#[derive(Debug, thiserror::Error)]
+enum DrainError {
+    #[error(transparent)]
+    Index(#[from] IndexError),
+    #[error("old stores")]
+    Io(#[from] std::io::Error),
 }
 
 /// As the shard does it: saved rows first, then the batches behind them.
-fn restore_producers(run: &Run, recovered: &Recovered) {
-    let mut all = run.producers.borrow_mut();
-    for partition in &recovered.partitions {
-        let mut producers = Producers::default();
-        for (key, value) in &partition.state {
-            if let Some((b'p', producer)) = key.split_first() {
-                let producer = u64::from_be_bytes(producer.try_into().expect("a key that was written here"));
-                producers.restore(producer, value).expect("a row that was written here");
-            }
+fn producers_of(partition: &RecoveredPartition) -> Producers {
+    let mut producers = Producers::default();
+    for (key, value) in &partition.state {
+        if let Some((b'p', producer)) = key.split_first() {
+            let producer = u64::from_be_bytes(producer.try_into().expect("a key that was written here"));
+            producers.restore(producer, value).expect("a row that was written here");
         }
-        for batch in &partition.replayed {
-            let ReplayedBatch { producer, producer_epoch, base_sequence, record_count, base_offset, .. } = *batch;
-            producers.replay(producer, producer_epoch, base_sequence, record_count, base_offset);
-        }
-        all.insert(partition.partition, producers);
     }
+    for batch in &partition.replayed {
+        let ReplayedBatch { producer, producer_epoch, base_sequence, record_count, base_offset, .. } = *batch;
+        producers.replay(producer, producer_epoch, base_sequence, record_count, base_offset);
+    }
+    producers
 }
 
 async fn session(run: Rc<Run>) -> End {
-    let session = open(&run).await;
+    let Some(session) = open(&run).await else { return End::Crash };
     let (world, character) = (&run.world, &run.character);
     let random = &world.random;
     while 0 < run.steps_left.get() {
@@ -472,7 +592,7 @@ async fn session(run: Rc<Run>) -> End {
             _ => {}
         }
         // A step may be the last of this process, and more often so when nothing can be written any more.
-        if random.one_in(character.crash_every) || session.store.is_read_only() && random.one_in(5) {
+        if random.one_in(character.crash_every) || session.is_read_only() && random.one_in(5) {
             if random.one_in(3) && session.seal().await {
                 return End::Sealed;
             }
@@ -486,10 +606,10 @@ async fn session(run: Rc<Run>) -> End {
 }
 
 /// On a good disk: everything can be read, written, and closed.
-async fn last_session(run: Rc<Run>) {
+async fn last_session(run: Rc<Run>) -> End {
     run.world.disk.capacity_bytes.set(u64::MAX);
     run.world.disk.faults.clear();
-    let session = open(&run).await;
+    let Some(session) = open(&run).await else { return End::Crash };
     run.world.disk.faults.clear();
     session.verify().await;
     for _ in 0..10 {
@@ -498,6 +618,7 @@ async fn last_session(run: Rc<Run>) {
     session.drain().await;
     session.verify().await;
     assert!(session.seal().await, "a store on a good disk is sealed");
+    End::Sealed
 }
 
 impl Session {
@@ -505,10 +626,23 @@ impl Session {
         &self.run.world.random
     }
 
-    fn pick(&self) -> Option<(PartitionId, PartitionSlot)> {
+    fn pick(&self) -> Option<(PartitionId, Place)> {
         let slots = self.slots.borrow();
         let nth = self.random().below(slots.len().max(1) as u64) as usize;
-        slots.iter().nth(nth).map(|(id, slot)| (*id, *slot))
+        slots.iter().nth(nth).map(|(id, place)| (*id, *place))
+    }
+
+    fn store(&self, place: Place) -> &Store<SimIo, Token> {
+        &self.stores[place.shard]
+    }
+
+    fn open_partition(&self, id: PartitionId, limits: PartitionLimits) -> Place {
+        let shard = self.run.layout.borrow().shard_of(id);
+        Place { shard, slot: self.stores[shard].open_partition(id, limits) }
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.stores.iter().any(Store::is_read_only)
     }
 
     fn make_partition(&self) {
@@ -532,8 +666,8 @@ impl Session {
         });
         run.clients.borrow_mut().insert(id, clients.collect());
         run.oracle.borrow_mut().partitions.insert(id, Partition::new(limits, random.below(3) as u8));
-        let slot = self.store.open_partition(id, limits);
-        self.slots.borrow_mut().insert(id, slot);
+        let place = self.open_partition(id, limits);
+        self.slots.borrow_mut().insert(id, place);
         self.set_floors();
     }
 
@@ -541,18 +675,18 @@ impl Session {
         if !self.random().one_in(3) {
             return;
         }
-        let Some((id, slot)) = self.pick() else { return };
+        let Some((id, place)) = self.pick() else { return };
         self.slots.borrow_mut().remove(&id);
         self.readers.borrow_mut().remove(&id);
-        self.delete(id, slot);
+        self.delete(id, place);
     }
 
-    fn delete(&self, id: PartitionId, slot: PartitionSlot) {
-        let (run, store) = (self.run.clone(), self.store.clone());
+    fn delete(&self, id: PartitionId, place: Place) {
+        let (run, store) = (self.run.clone(), self.store(place).clone());
         run.world.event(format_args!("drop {id}"));
         run.oracle.borrow_mut().partitions.get_mut(&id).expect("a known partition").life = Life::Dropping;
         run.world.executor.clone().spawn(async move {
-            let dropped = store.delete_partition(slot).await;
+            let dropped = store.delete_partition(place.slot).await;
             run.world.event(format_args!("dropped {id}: {dropped:?}"));
             if dropped.is_ok() {
                 run.producers.borrow_mut().remove(&id);
@@ -563,7 +697,7 @@ impl Session {
 
     /// Sends what some client sends next: something again, or something new.
     fn publish(&self) {
-        let Some((id, slot)) = self.pick() else { return self.make_partition() };
+        let Some((id, place)) = self.pick() else { return self.make_partition() };
         let (run, random) = (&self.run, self.random());
         let (made, again) = {
             let mut clients = run.clients.borrow_mut();
@@ -586,11 +720,11 @@ impl Session {
                 return;
             }
         };
-        self.send(id, slot, &made, again);
+        self.send(id, place, &made, again);
     }
 
-    fn send(&self, id: PartitionId, slot: PartitionSlot, made: &Made, again: bool) {
-        let run = &self.run;
+    fn send(&self, id: PartitionId, place: Place, made: &Made, again: bool) {
+        let (run, store) = (&self.run, self.store(place));
         let mut all = run.producers.borrow_mut();
         let producers = all.entry(id).or_default();
         let damaged = run.oracle.borrow().partitions[&id].damaged;
@@ -615,11 +749,11 @@ impl Session {
             assert!(there.is_none() || damaged, "{id}: a batch at {there:?} is admitted again: {:?}", made.header);
         }
         let header = made.header;
-        let base_offset = self.store.span(slot).next_offset;
+        let base_offset = store.span(place.slot).next_offset;
         let append_time_ms = SimIo(run.world.clone()).wall_clock_ms();
         let token = run.oracle.borrow_mut().append(id, base_offset, append_time_ms, header, made.bytes.clone());
         let entry = NewEntry { bytes: Slice::copy_of(&made.bytes), header, base_offset, append_time_ms };
-        let appended = self.store.append(slot, entry, token);
+        let appended = store.append(place.slot, entry, token);
         let (producer, sequence) = (header.producer, header.base_sequence);
         let error = appended.as_ref().err().map(|(error, _)| error);
         run.world.event(format_args!("append {token}: {id} at {base_offset}, {producer}:{sequence}, {error:?}"));
@@ -633,7 +767,7 @@ impl Session {
                         || self.run.character.sync_faults
                         || self.run.character.write_faults
                 }
-                AppendError::ReadOnly => self.store.is_read_only(),
+                AppendError::ReadOnly => store.is_read_only(),
                 AppendError::TooLarge { .. } | AppendError::RowTooLarge { .. } | AppendError::Deleted => false,
             };
             assert!(excused, "{id}: an append is refused: {error}");
@@ -701,9 +835,9 @@ impl Session {
     }
 
     fn read(&self) {
-        let Some((id, slot)) = self.pick() else { return };
-        let random = self.random();
-        let span = self.store.span(slot);
+        let Some((id, place)) = self.pick() else { return };
+        let (random, slot) = (self.random(), place.slot);
+        let span = self.store(place).span(slot);
         let on = self.readers.borrow().get(&id).copied().unwrap_or(0);
         let offset = match random.below(4) {
             0 if span.start_offset < span.end_offset => random.in_range(span.start_offset..span.end_offset),
@@ -713,12 +847,12 @@ impl Session {
         let bytes_max = *random.pick(&[1, 2000, 100_000]);
         let mut runs = Vec::new();
         if random.one_in(4) {
-            if let Cached::Hit { next_offset } = self.store.read_cached(slot, offset, bytes_max, &mut runs) {
+            if let Cached::Hit { next_offset } = self.store(place).read_cached(slot, offset, bytes_max, &mut runs) {
                 self.run.oracle.borrow_mut().read(id, offset, &runs, next_offset);
             }
             return;
         }
-        let (store, run, readers) = (self.store.clone(), self.run.clone(), self.readers.clone());
+        let (store, run, readers) = (self.store(place).clone(), self.run.clone(), self.readers.clone());
         run.world.executor.clone().spawn(async move {
             let read = store.read(slot, offset, bytes_max, &mut runs).await;
             if let Some(next_offset) = run.read_done(id, offset, &runs, read).filter(|_| offset == on) {
@@ -729,7 +863,7 @@ impl Session {
 
     /// Moves a cursor forward.
     fn acknowledge(&self) {
-        let Some((id, slot)) = self.pick() else { return };
+        let Some((id, place)) = self.pick() else { return };
         let (run, random) = (&self.run, self.random());
         let mut oracle = run.oracle.borrow_mut();
         let partition = &oracle.partitions[&id];
@@ -745,7 +879,7 @@ impl Session {
         let token = oracle.cursor(id, cursor, offset);
         drop(oracle);
         let row = offset.to_le_bytes();
-        let appended = self.store.append_state(slot, &cursor_key(cursor), Some(&row), Some(token));
+        let appended = self.store(place).append_state(place.slot, &cursor_key(cursor), Some(&row), Some(token));
         run.world.event(format_args!("cursor {token}: {id} {cursor} to {offset}, {appended:?}"));
         if let Err(error) = appended {
             run.oracle.borrow_mut().refused(token);
@@ -758,17 +892,18 @@ impl Session {
     /// Tells the store what cursors hold, as far as it is durable.
     fn set_floors(&self) {
         let mut oracle = self.run.oracle.borrow_mut();
-        for (id, slot) in &*self.slots.borrow() {
+        for (id, place) in &*self.slots.borrow() {
             let partition = oracle.partitions.get_mut(id).expect("a known partition");
             let floor = partition.cursors.values().map(|cursor| cursor.acked).min();
             // After damage a cursor may be where retention has been already.
             partition.floor = if partition.damaged { floor.max(partition.floor) } else { floor };
-            self.store.set_floor(*slot, floor);
+            self.store(*place).set_floor(place.slot, floor);
         }
     }
 
     fn compact(&self) {
-        let (store, run) = (self.store.clone(), self.run.clone());
+        let store = self.random().pick(&self.stores).clone();
+        let run = self.run.clone();
         run.world.executor.clone().spawn(async move {
             let compacted = store.compact().await;
             run.world.event(format_args!("compacted: {compacted:?}"));
@@ -776,8 +911,8 @@ impl Session {
     }
 
     fn check_spans(&self) {
-        for (id, slot) in &*self.slots.borrow() {
-            self.run.oracle.borrow_mut().check_span(*id, &self.store.span(*slot));
+        for (id, place) in &*self.slots.borrow() {
+            self.run.oracle.borrow_mut().check_span(*id, &self.store(*place).span(place.slot));
         }
     }
 
@@ -785,7 +920,7 @@ impl Session {
     async fn drain(&self) {
         let world = &self.run.world;
         let started = world.executor.now();
-        while !self.run.oracle.borrow().pending.is_empty() && !self.store.is_read_only() {
+        while !self.run.oracle.borrow().pending.is_empty() && !self.is_read_only() {
             let full = world.disk.capacity_bytes.get() != u64::MAX || 0 < world.disk.faults.create.get();
             let waited = world.executor.now() - started;
             if PATIENCE < waited && (full || 0 < world.disk.faults.sync.get()) {
@@ -803,13 +938,17 @@ impl Session {
         world.disk.capacity_bytes.set(u64::MAX);
         world.disk.faults.clear();
         self.drain().await;
-        if let Err(error) = self.store.seal().await {
-            world.event(format_args!("seal: {error}"));
-            assert!(self.store.is_read_only(), "a good store is not sealed: {error}");
-            return false;
+        for store in &self.stores {
+            if let Err(error) = store.seal().await {
+                world.event(format_args!("seal: {error}"));
+                assert!(store.is_read_only(), "a good store is not sealed: {error}");
+                return false;
+            }
         }
         self.run.closing.set(true);
-        self.store.close().await;
+        for store in &self.stores {
+            store.close().await;
+        }
         true
     }
 
@@ -817,12 +956,12 @@ impl Session {
     async fn verify(&self) {
         self.check_spans();
         let slots = self.slots.borrow().clone();
-        for (id, slot) in slots {
-            let span = self.store.span(slot);
+        for (id, place) in slots {
+            let span = self.store(place).span(place.slot);
             let mut offset = span.start_offset;
             while offset < span.end_offset {
                 let mut runs = Vec::new();
-                let read = self.store.read(slot, offset, 50_000, &mut runs).await;
+                let read = self.store(place).read(place.slot, offset, 50_000, &mut runs).await;
                 let next = self.run.read_done(id, offset, &runs, read);
                 offset = next.unwrap_or_else(|| panic!("{id}: a read at {offset} does not lead on"));
             }

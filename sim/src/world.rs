@@ -1,12 +1,14 @@
-//! What a run has one of: chance, time, a disk, the family of the index, and the trace of all that happened.
+//! What a run has one of: chance, time, a disk, the families of the index, and the trace of all that happened.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use drava_storage::StoreId;
 use drava_storage::index::model::ModelKv;
 
 use crate::disk::Disk;
@@ -17,7 +19,7 @@ pub struct World {
     pub random: Random,
     pub executor: Executor,
     pub disk: Disk,
-    pub kv: ModelKv,
+    families: RefCell<BTreeMap<StoreId, ModelKv>>,
     /// The index request that is served now fails.
     pub index_fails: Arc<AtomicBool>,
     pub trace: Trace,
@@ -38,11 +40,30 @@ impl World {
         Rc::new(World {
             executor: Executor::new(),
             disk,
-            kv: ModelKv::default(),
+            families: RefCell::default(),
             index_fails: Arc::default(),
             trace: Trace { hash: Cell::new(0xcbf2_9ce4_8422_2325), line: RefCell::default(), printed },
             random,
         })
+    }
+
+    /// Opens the database of the index with the families of these stores; all others are dropped.
+    pub fn open_families(&self, stores: &[StoreId]) -> Vec<ModelKv> {
+        let mut families = self.families.borrow_mut();
+        families.retain(|store, _| stores.contains(store));
+        stores.iter().map(|store| families.entry(*store).or_default().clone()).collect()
+    }
+
+    /// Takes from each family what it may lose.
+    pub fn crash_families(&self) {
+        for family in self.families.borrow().values() {
+            family.crash(|pending| self.random.below(pending as u64 + 1) as usize);
+        }
+    }
+
+    /// Loses the database.
+    pub fn lose_families(&self) {
+        self.families.borrow().values().for_each(ModelKv::clear);
     }
 
     pub fn event(&self, event: std::fmt::Arguments<'_>) {

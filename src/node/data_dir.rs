@@ -14,7 +14,8 @@
 //! The **layout** says which store belongs to which shard. A store has a number that is never used again; a node that
 //! starts with another number of shards gets new stores, and the old ones are read until they are empty ("draining").
 //! `format.json` is the one place that decides: it is replaced as a whole, and a directory or a family of the index that
-//! it does not name is left over from a start that was cut short.
+//! it does not name is left over from a start that was cut short. Such a directory holds a file `undecided`; without one it
+//! is not removed, for whoever puts back an old `format.json` must not lose messages by it.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
@@ -33,6 +34,8 @@ pub const FORMAT: u32 = 2;
 const STORE_PREFIX: &str = "shard-";
 const LOCK_FILE: &str = "lock";
 const FORMAT_FILE: &str = "format.json";
+/// In the directory of a store for which `format.json` has not decided yet.
+const UNDECIDED_FILE: &str = "undecided";
 const PORTS_FILE: &str = "ports.json";
 /// Bytes of the files that are read whole; larger ones are not ours.
 const SMALL_FILE_BYTES_MAX: u64 = 64 * 1024;
@@ -88,6 +91,8 @@ pub enum DataDirError {
     OtherNode { dir: PathBuf, found: u64, configured: u64 },
     #[error("the data directory {} has used up the numbers for stores; it cannot be given another number of shards again", dir.display())]
     NoStoreLeft { dir: PathBuf },
+    #[error("{} should be empty: a new store is to begin in it, and format.json does not know it; move it away", dir.display())]
+    Occupied { dir: PathBuf },
     #[error("{} cannot be understood: {reason}", file.display())]
     Damaged { file: PathBuf, reason: String },
     #[error("{action} {}: {source}", path.display())]
@@ -169,26 +174,39 @@ impl DataDir {
         Ok(Layout { stores: (old.next_store..next_store).collect(), draining, next_store })
     }
 
-    /// Directories of stores that a start cut short made and never decided for are empty.
+    /// Removes directories of stores that a start cut short made and never decided for.
     fn remove_unused(&self) -> Result<(), DataDirError> {
         for entry in fs::read_dir(&self.path).map_err(at("list", &self.path))? {
             let folder = entry.map_err(at("list", &self.path))?.path();
             let name = folder.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             let store = name.strip_prefix(STORE_PREFIX).and_then(|number| number.parse::<u16>().ok());
-            if store.is_some_and(|store| self.format.layout.next_store <= store)
-                && let Err(error) = fs::remove_dir(&folder)
-            {
-                tracing::warn!(folder = %folder.display(), %error, "there is no such store, and the directory is not empty");
+            let Some(store) = store else { continue };
+            let removed = if store < self.format.layout.next_store {
+                decide(&folder)
+            } else if folder.join(UNDECIDED_FILE).exists() {
+                remove_undecided(&folder)
+            } else {
+                fs::remove_dir(&folder)
+            };
+            if let Err(error) = removed {
+                tracing::warn!(folder = %folder.display(), %error, "what is left of another number of shards stays");
             }
         }
         Ok(())
     }
 
-    /// Makes the directories of a layout that is about to be taken.
+    /// Makes the directories of a layout that is about to be taken. Errors: `Occupied`.
     pub fn prepare(&self, layout: &Layout) -> Result<(), DataDirError> {
         for &store in &layout.stores {
             let folder = self.store(StoreId(store));
             fs::create_dir_all(&folder).map_err(at("make the directory", &folder))?;
+            if fs::read_dir(&folder).map_err(at("list", &folder))?.next().is_some() {
+                return Err(DataDirError::Occupied { dir: folder });
+            }
+            let mark = folder.join(UNDECIDED_FILE);
+            File::create(&mark).map_err(at("make", &mark))?;
+            // Before anything else is in it: else that would be taken for a store's.
+            sync_folder(&folder)?;
         }
         sync_folder(&self.path)
     }
@@ -198,6 +216,13 @@ impl DataDir {
         let format = Format { layout, ..self.format.clone() };
         self.replace_format(&format)?;
         self.format = format;
+        for store in self.stores() {
+            // What is left of these is removed by the next start.
+            let folder = self.store(store);
+            if let Err(error) = decide(&folder) {
+                tracing::warn!(folder = %folder.display(), %error, "the mark of a store that was undecided stays for now");
+            }
+        }
         Ok(())
     }
 
@@ -209,6 +234,27 @@ impl DataDir {
     pub fn write_ports(&self, ports: &Ports) -> Result<(), DataDirError> {
         replace_file(&self.path, PORTS_FILE, &json(ports))
     }
+}
+
+/// The store in this directory is the node's.
+fn decide(folder: &Path) -> io::Result<()> {
+    match fs::remove_file(folder.join(UNDECIDED_FILE)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// The mark goes last: until then the next start can go on with it.
+fn remove_undecided(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.file_name().is_some_and(|name| name != UNDECIDED_FILE) {
+            fs::remove_file(path)?;
+        }
+    }
+    File::open(folder)?.sync_all()?;
+    decide(folder)?;
+    fs::remove_dir(folder)
 }
 
 /// The pid of the node that holds the lock; `None`: nobody does. `Some(None)`: somebody does, and left no pid.
@@ -481,9 +527,25 @@ mod tests {
         drop(dir);
         let config = config(folder.path());
         fs::create_dir(config.data_dir.join("shard-017")).unwrap();
-        let mut dir = DataDir::open(&config).unwrap();
+        fs::create_dir(config.data_dir.join("shard-018")).unwrap();
+        fs::write(config.data_dir.join("shard-018/segment"), "messages").unwrap();
+        let dir = DataDir::open(&config).unwrap();
         assert_eq!(dir.stores().collect::<Vec<_>>(), [StoreId(5)]);
         assert!(!dir.store(StoreId(17)).exists(), "made by a start that was cut short");
+        assert!(dir.store(StoreId(18)).exists(), "perhaps format.json is older than it");
+        let layout = dir.layout_for(2).unwrap();
+        dir.prepare(&layout).unwrap();
+        fs::write(dir.store(StoreId(6)).join("segment"), "a checkpoint").unwrap();
+        assert!(matches!(dir.prepare(&layout), Err(DataDirError::Occupied { .. })));
+        drop(dir);
+        let mut dir = DataDir::open(&config).unwrap();
+        assert!(!dir.store(StoreId(6)).exists() && !dir.store(StoreId(7)).exists(), "prepared and not decided for");
+        dir.prepare(&layout).unwrap();
+        dir.set_layout(layout).unwrap();
+        fs::write(dir.store(StoreId(6)).join("segment"), "messages").unwrap();
+        drop(dir);
+        let mut dir = DataDir::open(&config).unwrap();
+        assert_eq!(fs::read_dir(dir.store(StoreId(6))).unwrap().count(), 1, "messages, and no mark");
         let last = Layout { stores: vec![5], draining: Vec::new(), next_store: u16::MAX - 1 };
         dir.set_layout(last).unwrap();
         assert!(matches!(dir.layout_for(2), Err(DataDirError::NoStoreLeft { .. })));

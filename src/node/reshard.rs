@@ -3,7 +3,8 @@
 //! 1. [`seal`]: each store of today is recovered, so that its index has all that its journal has.
 //! 2. [`copy`]: the rows of the index go to families of new stores, by the shards that own the partitions now.
 //! 3. [`DataDir::prepare`]: the directories of the new stores are made.
-//! 4. [`DataDir::set_layout`]: `format.json` is replaced. That is the decision.
+//! 4. [`anchor`]: the journals of the new stores repeat what their families have, so that these can be lost.
+//! 5. [`DataDir::set_layout`]: `format.json` is replaced. That is the decision.
 //!
 //! A start that is cut short before the decision has changed nothing: what it left is dropped by the next, which begins
 //! again, with whatever number of shards. One that is cut short after it is done: what is left of the old families is
@@ -13,14 +14,13 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use drava_runtime::{Executor, ExecutorConfig};
+use drava_storage::foreign::Drained;
 use drava_storage::reshard::Moved;
-use drava_storage::{
-    ForeignStores, GlommioIo, Index, IndexDb, IndexError, OpenError, StoreConfig, StoreId, foreign, reshard,
-};
+use drava_storage::{ForeignStores, GlommioIo, Index, IndexDb, IndexError, StoreConfig, StoreId, foreign, reshard};
+use futures_lite::future::block_on;
 
 use super::boot::store_config;
 use super::data_dir::{DataDir, DataDirError, Layout};
@@ -33,10 +33,10 @@ pub enum ReshardError {
     DataDir(#[from] DataDirError),
     #[error("the index in {}: {source}", path.display())]
     Index { path: PathBuf, source: IndexError },
-    #[error(transparent)]
-    Lost(OpenError),
     #[error("store {store} cannot be closed for another number of shards: {source}")]
     Seal { store: StoreId, source: reshard::ReshardError },
+    #[error("store {store} cannot begin its journal: {source}")]
+    Anchor { store: StoreId, source: reshard::ReshardError },
     #[error("the executor for store {store} did not start: {source}")]
     Executor { store: StoreId, source: std::io::Error },
     #[error("the index in {} cannot follow the number of shards: {source}", path.display())]
@@ -78,6 +78,7 @@ pub fn follow(config: &NodeConfig, data_dir: &mut DataDir) -> Result<Option<Resh
     seal(config, data_dir)?;
     let moved = copy(data_dir, &layout)?;
     data_dir.prepare(&layout)?;
+    anchor(config, data_dir, &layout)?;
     data_dir.set_layout(layout)?;
     Ok(Some(Resharded { from, to, moved, took: began.elapsed() }))
 }
@@ -89,7 +90,8 @@ pub fn indexes(data_dir: &DataDir, stores: &[StoreId]) -> Result<Vec<Index>, Res
     Ok(stores.iter().map(|store| db.store(*store)).collect())
 }
 
-/// Removes what nobody has messages in from the stores that drain; gives what the shards need to read the rest.
+/// Removes what nobody has messages in from the stores that drain, and goes on removing on a thread while shards let go;
+/// gives what the shards need to read the rest.
 pub fn drain(data_dir: &mut DataDir, indexes: &[Index]) -> Result<Option<ForeignStores>, ReshardError> {
     let dirs = draining(data_dir);
     if dirs.is_empty() {
@@ -99,20 +101,31 @@ pub fn drain(data_dir: &mut DataDir, indexes: &[Index]) -> Result<Option<Foreign
     let failed = |source| ReshardError::Index { path: path.clone(), source };
     for index in indexes {
         if !index.is_made().map_err(failed)? {
-            // Counting on it would say that nobody has anything in the old stores.
-            return Err(ReshardError::Lost(OpenError::IndexLost { stores: dirs.into_values().collect() }));
+            // It is made anew from its journal first. Counting on it now would say that nobody has anything in the old stores.
+            tracing::warn!(?index, "an index is lost; old stores are not tidied up before the next start");
+            return Ok(Some(unheard(dirs)));
         }
     }
     let holders = foreign::holders(indexes).map_err(failed)?;
-    let drained = foreign::drain(dirs, holders);
     let path = data_dir.path().to_owned();
-    let (foreign, gone) = drained.map_err(|source| ReshardError::Drain { path, source })?;
+    let failed = |source| ReshardError::Drain { path: path.clone(), source };
+    let Drained { left, gone } = block_on(foreign::drain(&GlommioIo::new(), dirs, holders)).map_err(failed)?;
     if !gone.is_empty() {
         let mut layout = data_dir.format().layout.clone();
         layout.draining.retain(|store| !gone.contains(&StoreId(*store)));
         data_dir.set_layout(layout)?;
     }
-    Ok(foreign)
+    let Some((foreign, drainer)) = left else { return Ok(None) };
+    // It ends with the last shard.
+    let thread = std::thread::Builder::new().name("drain".to_owned());
+    thread.spawn(move || block_on(drainer.run())).map_err(failed)?;
+    Ok(Some(foreign))
+}
+
+/// Old stores of which nothing is removed: nobody hears what shards let go of.
+fn unheard(dirs: BTreeMap<StoreId, PathBuf>) -> ForeignStores {
+    let (emptied, _) = drava_runtime::foreign::inbox();
+    ForeignStores { dirs, emptied }
 }
 
 fn draining(data_dir: &DataDir) -> BTreeMap<StoreId, PathBuf> {
@@ -122,10 +135,8 @@ fn draining(data_dir: &DataDir) -> BTreeMap<StoreId, PathBuf> {
 /// Recovers the stores of today, one after the other.
 fn seal(config: &NodeConfig, data_dir: &DataDir) -> Result<(), ReshardError> {
     let stores: Vec<StoreId> = data_dir.stores().collect();
-    let dirs = draining(data_dir);
-    // Nothing is removed from older stores before the decision: nobody listens to what is said of them.
-    let (emptied, _) = mpsc::channel();
-    let foreign = (!dirs.is_empty()).then_some(ForeignStores { dirs, emptied });
+    // Nothing is removed from older stores before the decision.
+    let foreign = Some(draining(data_dir)).filter(|dirs| !dirs.is_empty()).map(unheard);
     for (&store, index) in stores.iter().zip(indexes(data_dir, &stores)?) {
         let store_config = StoreConfig { foreign: foreign.clone(), ..store_config(config, data_dir, store) };
         let executor = |source| ReshardError::Executor { store, source };
@@ -137,6 +148,27 @@ fn seal(config: &NodeConfig, data_dir: &DataDir) -> Result<(), ReshardError> {
         for range in recovered.damaged {
             tracing::error!(%store, ?range, "part of the journal is damaged and quarantined; the rest is served");
         }
+    }
+    Ok(())
+}
+
+/// Begins the journals of the new stores, one after the other.
+fn anchor(config: &NodeConfig, data_dir: &DataDir, layout: &Layout) -> Result<(), ReshardError> {
+    let stores: Vec<StoreId> = layout.stores.iter().copied().map(StoreId).collect();
+    // The old ones too: until the decision they are what there is.
+    let old = data_dir.stores().count();
+    let all: Vec<StoreId> = data_dir.stores().chain(stores.iter().copied()).collect();
+    let dirs: BTreeMap<_, _> =
+        data_dir.draining().chain(data_dir.stores()).map(|store| (store, data_dir.store(store))).collect();
+    let foreign = Some(unheard(dirs));
+    for (&store, index) in stores.iter().zip(indexes(data_dir, &all)?.into_iter().skip(old)) {
+        let store_config = StoreConfig { foreign: foreign.clone(), ..store_config(config, data_dir, store) };
+        let executor = |source| ReshardError::Executor { store, source };
+        let anchoring = Executor::start(ExecutorConfig::new("reshard", None), move || {
+            reshard::anchor(GlommioIo::new(), store_config, index)
+        });
+        let anchored = anchoring.map_err(executor)?.join().map_err(executor)?;
+        anchored.map_err(|source| ReshardError::Anchor { store, source })?;
     }
     Ok(())
 }
@@ -174,6 +206,8 @@ mod tests {
         next()?;
         dir.prepare(&layout).unwrap();
         next()?;
+        anchor(config, dir, &layout).unwrap();
+        next()?;
         dir.set_layout(layout).unwrap();
         next()?;
         drop(indexes(dir, &dir.stores().collect::<Vec<_>>()).unwrap());
@@ -199,7 +233,7 @@ mod tests {
 
     #[test]
     fn a_start_cut_short_at_any_step_is_begun_again_or_done() {
-        for steps in 0..6 {
+        for steps in 0..7 {
             for next_shards in [2, 3, 1] {
                 let folder = tempfile::tempdir().unwrap();
                 let made = config(folder.path(), 2);
@@ -217,7 +251,7 @@ mod tests {
                 let config = config(folder.path(), next_shards);
                 let mut dir = DataDir::open(&config).unwrap();
                 let found = dir.stores().count();
-                assert_eq!(found, if steps <= 3 { 2 } else { 3 }, "the layout decides, {steps} steps were taken");
+                assert_eq!(found, if steps <= 4 { 2 } else { 3 }, "the layout decides, {steps} steps were taken");
                 let resharded = follow(&config, &mut dir).unwrap();
                 assert_eq!(resharded.is_some(), found != usize::from(next_shards));
                 check(&mut dir, usize::from(next_shards));

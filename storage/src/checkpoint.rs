@@ -1,6 +1,6 @@
 //! Checkpoints: what makes the journal enough to build the index anew.
 //!
-//! Extents are found in the segments that hold them. Rows of state and of partitions lie in the index alone once the
+//! Extents are found in the segments that hold them; those in segments of other stores are not. They, and rows of state and of partitions lie in the index alone once the
 //! segments that brought them are used again. So the journal repeats them all from time to time, as rows that replay
 //! passes by and a rebuild takes. A segment is used again only when it lies wholly before the start of the last whole
 //! checkpoint: the journal always holds one, and every change after it.
@@ -139,5 +139,6 @@ fn changes(rows: SavedRows) -> Vec<(drava_protocol::PartitionId, RowChange)> {
     let covered = rows.covered.end.next_sequence.saturating_sub(1);
     let partitions = rows.partitions.into_iter().map(|(id, row)| (id, Checkpoint::Partition { covered, row }));
     let state = rows.state.into_iter().map(|(id, key, value)| (id, Checkpoint::Row { covered, key, value }));
-    partitions.chain(state).map(|(id, row)| (id, RowChange::Checkpoint(row))).collect()
+    let extents = rows.foreign.into_iter().map(|(id, row)| (id, Checkpoint::Extent { covered, row }));
+    partitions.chain(state).chain(extents).map(|(id, row)| (id, RowChange::Checkpoint(row))).collect()
 }

@@ -212,6 +212,7 @@ impl Dump {
                     RowChange::Drop => ("drop the partition", Vec::new(), 0),
                     RowChange::Checkpoint(Checkpoint::Row { key, value, .. }) => ("as indexed", key, value.len()),
                     RowChange::Checkpoint(Checkpoint::Partition { .. }) => ("partition as indexed", Vec::new(), 0),
+                    RowChange::Checkpoint(Checkpoint::Extent { .. }) => ("extent as indexed", Vec::new(), 0),
                     RowChange::Checkpoint(Checkpoint::End { .. }) => ("end of a checkpoint", Vec::new(), 0),
                 };
                 self.items.push_back(Item { position, kind: ItemKind::Row { change, key, value_bytes } });

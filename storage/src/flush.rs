@@ -239,7 +239,9 @@ impl<I: Io, T: 'static> Inner<I, T> {
                     batch.checkpoint = Some(generation);
                     self.journal.set_checkpoint(generation);
                 }
-                RowChange::Checkpoint(Checkpoint::Row { .. } | Checkpoint::Partition { .. }) => {}
+                RowChange::Checkpoint(
+                    Checkpoint::Row { .. } | Checkpoint::Partition { .. } | Checkpoint::Extent { .. },
+                ) => {}
             });
         }
         self.journal.add_live(placement.segment, live_bytes);

@@ -2,8 +2,8 @@
 //!
 //! An old store is written no more; its extents are indexed by the shards that own their partitions now, and read where
 //! they lie. Several shards may have extents in one segment, so no shard removes it: each says when it has none in it any
-//! more, durably, and one thread of the node ([`drain`]) removes segments that nobody has anything in, and in the end
-//! the directory. A crash forgets what was said; the next start counts again.
+//! more, durably, and one task of the node ([`Drainer`]) removes segments that nobody has anything in, and in the end
+//! the directory. A crash forgets what was said; the next start counts again ([`drain`]).
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
@@ -11,7 +11,8 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::mpsc;
+
+use drava_runtime::foreign::{Inbox, InboxSender, inbox};
 
 use crate::index::{ExtentRow, Index, IndexError};
 use crate::io::Io;
@@ -40,7 +41,7 @@ pub type ForeignSegment = (StoreId, SegmentId);
 pub struct ForeignStores {
     pub dirs: BTreeMap<StoreId, PathBuf>,
     /// Told of each segment that the shard has nothing in any more.
-    pub emptied: mpsc::Sender<ForeignSegment>,
+    pub emptied: InboxSender<ForeignSegment>,
 }
 
 /// The foreign segments of one shard.
@@ -149,69 +150,87 @@ pub fn holders(indexes: &[Index]) -> Result<Holders, IndexError> {
     Ok(holders)
 }
 
-/// Removes what nobody holds from the directories of old stores, and goes on removing on a thread while shards let go.
-///
-/// Returns what the shards need, and the stores that are gone. Without stores that are left there is nothing to tell the
-/// shards, and no thread. Blocking.
-pub fn drain(
-    mut dirs: BTreeMap<StoreId, PathBuf>,
-    mut holders: Holders,
-) -> io::Result<(Option<ForeignStores>, Vec<StoreId>)> {
+/// What [`drain`] found.
+#[derive(Debug)]
+pub struct Drained<I> {
+    /// What the shards need, and what goes on removing; without stores that are left there is nothing to do.
+    pub left: Option<(ForeignStores, Drainer<I>)>,
+    /// Stores that are gone, durably: they need not be named any more.
+    pub gone: Vec<StoreId>,
+}
+
+/// Removes what shards let go of. One for the node.
+#[derive(Debug)]
+pub struct Drainer<I> {
+    io: I,
+    dirs: BTreeMap<StoreId, PathBuf>,
+    holders: Holders,
+    emptied: Inbox<ForeignSegment>,
+}
+
+/// Removes what nobody holds from the directories of old stores.
+pub async fn drain<I: Io>(io: &I, mut dirs: BTreeMap<StoreId, PathBuf>, holders: Holders) -> io::Result<Drained<I>> {
     let mut gone = Vec::new();
     for (&store, dir) in &dirs {
-        remove_unheld(store, dir, &holders)?;
-        if remove_if_empty(store, dir, &holders) {
+        remove_unheld(io, store, dir, &holders).await?;
+        if remove_if_empty(io, store, dir, &holders).await {
+            // Nobody asks for its files again: were the power to bring one back, it would stay for ever.
+            if let Some(parent) = dir.parent() {
+                io.sync_dir(parent).await?;
+            }
             gone.push(store);
         }
     }
     dirs.retain(|store, _| !gone.contains(store));
     if dirs.is_empty() {
-        return Ok((None, gone));
+        return Ok(Drained { left: None, gone });
     }
-    let (emptied, inbox) = mpsc::channel();
-    let foreign = ForeignStores { dirs: dirs.clone(), emptied };
-    std::thread::Builder::new().name("drain".to_owned()).spawn(move || {
-        // It ends with the last shard.
-        for segment in inbox {
-            let Some(count) = holders.get_mut(&segment) else { continue };
+    let (sender, emptied) = inbox();
+    let stores = ForeignStores { dirs: dirs.clone(), emptied: sender };
+    Ok(Drained { left: Some((stores, Drainer { io: io.clone(), dirs, holders, emptied })), gone })
+}
+
+impl<I: Io> Drainer<I> {
+    /// Removes until the last shard is gone.
+    pub async fn run(mut self) {
+        while let Some(segment) = self.emptied.recv().await {
+            let Some(count) = self.holders.get_mut(&segment) else { continue };
             *count -= 1;
             if *count != 0 {
                 continue;
             }
-            holders.remove(&segment);
+            self.holders.remove(&segment);
             let (store, id) = segment;
-            let Some(dir) = dirs.get(&store) else { continue };
-            if let Err(error) = remove_file(&segment::path(dir, id)) {
+            let Some(dir) = self.dirs.get(&store) else { continue };
+            if let Err(error) = remove_file(&self.io, &segment::path(dir, id)).await {
                 tracing::warn!(%store, segment = id.0, %error, "an empty segment of an old store could not be removed");
             }
-            if remove_if_empty(store, dir, &holders) {
+            if remove_if_empty(&self.io, store, dir, &self.holders).await {
                 tracing::info!(%store, "an old store is drained; its directory is gone");
             }
         }
-    })?;
-    Ok((Some(foreign), gone))
+    }
 }
 
-fn remove_unheld(store: StoreId, dir: &Path, holders: &Holders) -> io::Result<()> {
-    let files = match std::fs::read_dir(dir) {
+async fn remove_unheld(io: &impl Io, store: StoreId, dir: &Path, holders: &Holders) -> io::Result<()> {
+    let files = match io.list(dir).await {
         Ok(files) => files,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
     };
-    for file in files {
-        let path = file?.path();
+    for (path, _) in files {
         if segment::parse_name(&path).is_some_and(|id| !holders.contains_key(&(store, id))) {
-            remove_file(&path)?;
+            remove_file(io, &path).await?;
         }
     }
     Ok(())
 }
 
-fn remove_if_empty(store: StoreId, dir: &Path, holders: &Holders) -> bool {
+async fn remove_if_empty(io: &impl Io, store: StoreId, dir: &Path, holders: &Holders) -> bool {
     if holders.range((store, SegmentId(0))..=(store, SegmentId(u32::MAX))).next().is_some() {
         return false;
     }
-    match std::fs::remove_dir(dir) {
+    match io.remove_dir(dir).await {
         Ok(()) => true,
         Err(error) if error.kind() == io::ErrorKind::NotFound => true,
         Err(error) => {
@@ -222,8 +241,8 @@ fn remove_if_empty(store: StoreId, dir: &Path, holders: &Holders) -> bool {
     }
 }
 
-fn remove_file(path: &Path) -> io::Result<()> {
-    match std::fs::remove_file(path) {
+async fn remove_file(io: &impl Io, path: &Path) -> io::Result<()> {
+    match io.remove(path).await {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }

@@ -40,6 +40,9 @@ pub trait Io: Clone + 'static {
 
     fn remove(&self, path: &Path) -> impl Future<Output = io::Result<()>>;
 
+    /// Removes an empty directory. Fails if something is in it.
+    fn remove_dir(&self, dir: &Path) -> impl Future<Output = io::Result<()>>;
+
     /// Makes created, renamed and removed names durable.
     fn sync_dir(&self, dir: &Path) -> impl Future<Output = io::Result<()>>;
 

@@ -146,9 +146,20 @@ pub(crate) struct Journal<I: Io, P> {
     stopped: Cell<bool>,
     /// Writes that the disk has not answered.
     writing: Cell<usize>,
+    /// Files are being made, filled or removed.
+    keeping: Cell<bool>,
+    /// Changes when one of these has ended.
     answered: Broadcast,
     /// The compactor's segment is ready, or there will be none.
     compaction_answered: Broadcast,
+}
+
+/// What the keeper of the segments waits for before it looks again.
+enum Pause {
+    None,
+    Retry,
+    Quiet,
+    Wanted,
 }
 
 struct State<I: Io, P> {
@@ -254,6 +265,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
             wanted: Notify::default(),
             stopped: Cell::new(false),
             writing: Cell::new(0),
+            keeping: Cell::new(false),
             answered: Broadcast::default(),
             compaction_answered: Broadcast::default(),
         }
@@ -726,38 +738,67 @@ impl<I: Io, P: 'static> Journal<I, P> {
     /// Has a segment ready when one is needed, until [`Journal::stop`].
     pub(crate) async fn run(self: Rc<Self>) {
         while !self.stopped.get() && !self.is_failed() {
-            if self.is_rolling() {
-                self.finish_roll().await;
-            } else if self.needs_segment() {
-                if let Err(error) = self.prepare().await {
-                    tracing::error!(shard = self.config.shard.0, error = %error, "no journal segment could be made");
-                    self.state.borrow_mut().full = true;
-                    self.io.sleep(RETRY).await;
-                } else if self.state.borrow().full {
-                    self.io.sleep(RETRY).await;
-                }
-            } else if self.state.borrow().compaction == CompactionSegment::Wanted {
-                self.prepare_for_compaction().await;
-            } else if let Some(id) = self.surplus() {
-                if let Err(error) = self.remove(id).await {
-                    tracing::warn!(shard = self.config.shard.0, error = %error, "a dead segment could not be removed");
-                    self.io.sleep(RETRY).await;
-                }
-            } else if self.needs_spare() {
-                if !self.is_quiet() {
-                    self.wanted_or(QUIET).await;
-                } else if let Err(error) = self.fill_spare().await {
-                    tracing::warn!(shard = self.config.shard.0, error = %error, "no spare segment could be made");
-                    self.io.sleep(RETRY).await;
-                }
-            } else if self.has_many_dead() {
-                // More than are kept once it is quiet, which nobody tells.
-                self.wanted_or(QUIET).await;
-            } else {
-                self.wanted.notified().await;
+            self.keeping.set(true);
+            let pause = self.keep().await;
+            self.keeping.set(false);
+            self.answered.notify_all();
+            match pause {
+                Pause::None => {}
+                Pause::Retry => self.io.sleep(RETRY).await,
+                Pause::Quiet => self.wanted_or(QUIET).await,
+                Pause::Wanted => self.wanted.notified().await,
             }
         }
         self.compaction_answered.notify_all();
+    }
+
+    /// After [`Journal::stop`]: waits until no file is made or removed any more. Whoever opens the directory next must not
+    /// meet somebody else in it.
+    pub(crate) async fn kept(&self) {
+        while self.keeping.get() {
+            self.answered.changed(self.answered.version()).await;
+        }
+    }
+
+    /// Does what is due first.
+    async fn keep(&self) -> Pause {
+        if self.is_rolling() {
+            return self.finish_roll().await;
+        }
+        if self.needs_segment() {
+            if let Err(error) = self.prepare().await {
+                tracing::error!(shard = self.config.shard.0, error = %error, "no journal segment could be made");
+                self.state.borrow_mut().full = true;
+            }
+            return if self.state.borrow().full { Pause::Retry } else { Pause::None };
+        }
+        if self.state.borrow().compaction == CompactionSegment::Wanted {
+            self.prepare_for_compaction().await;
+            return Pause::None;
+        }
+        if let Some(id) = self.surplus() {
+            return match self.remove(id).await {
+                Ok(()) => Pause::None,
+                Err(error) => {
+                    tracing::warn!(shard = self.config.shard.0, error = %error, "a dead segment could not be removed");
+                    Pause::Retry
+                }
+            };
+        }
+        if self.needs_spare() {
+            if !self.is_quiet() {
+                return Pause::Quiet;
+            }
+            return match self.fill_spare().await {
+                Ok(()) => Pause::None,
+                Err(error) => {
+                    tracing::warn!(shard = self.config.shard.0, error = %error, "no spare segment could be made");
+                    Pause::Retry
+                }
+            };
+        }
+        // More than are kept once it is quiet, which nobody tells.
+        if self.has_many_dead() { Pause::Quiet } else { Pause::Wanted }
     }
 
     fn is_rolling(&self) -> bool {
@@ -766,18 +807,20 @@ impl<I: Io, P: 'static> Journal<I, P> {
 
     /// Makes the segment ready that takes over. The write of its header is what tells whether the disk answers: if it
     /// fails, too, the journal is at its end.
-    async fn finish_roll(&self) {
+    async fn finish_roll(&self) -> Pause {
         // Late answers must not be taken for those of blocks that get the same sequences.
         self.quiesced().await;
         match self.prepare().await {
             Ok(()) if !self.is_rolling() => {
                 tracing::warn!(shard = self.config.shard.0, "the journal goes on in a fresh segment");
                 self.woken.notify();
+                Pause::None
             }
-            Ok(()) => self.io.sleep(RETRY).await,
+            Ok(()) => Pause::Retry,
             Err(error) => {
                 tracing::error!(shard = self.config.shard.0, error = %error, "the disk fails; nothing is written any more");
                 self.fail(FlushError::Roll { message: error.to_string() });
+                Pause::None
             }
         }
     }

@@ -54,11 +54,6 @@ pub(crate) async fn open<I: Io, T: 'static>(
     let started = io.now();
     let index = IndexThread::start(&io, index)?;
     let loaded = index.load().await?;
-    if loaded.covered.is_none() && config.foreign.is_some() {
-        return Err(OpenError::IndexLost {
-            stores: config.foreign.iter().flat_map(|f| f.dirs.values().cloned()).collect(),
-        });
-    }
     let known = |id: SegmentId| {
         let found = loaded.segments.iter().find(|(segment, row)| *segment == id && 0 < row.live_bytes);
         let active = loaded.covered.filter(|covered| covered.end.segment == id && 0 < covered.end.generation);
@@ -99,6 +94,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
     }
     let sealed = covered.is_some_and(|covered| covered.sealed);
     let mut made_anew = None;
+    let mut foreign_live = loaded.foreign;
     let replayed = if covered.is_some() {
         recovery::replay(&io, &config.dir, config.shard, &mut segments, covered, &mut replay).await?
     } else {
@@ -113,6 +109,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
         replay.batches = finished.batches;
         replay.index = finished.index;
         replay.live = finished.live;
+        foreign_live = finished.foreign;
         made_anew = Some(finished.rebuilt).filter(|_| 0 < replayed.blocks);
         replayed
     };
@@ -168,7 +165,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
     let mut derived = StateBatch::default();
     derive(&found, &mut derived);
     batch.state.append(&mut derived.rows);
-    let foreign = Foreign::new(io.clone(), config.foreign.clone(), loaded.foreign);
+    let foreign = Foreign::new(io.clone(), config.foreign.clone(), foreign_live);
     let known_end = covered.map_or(JournalEnd { next_sequence: 1, ..JournalEnd::default() }, |covered| covered.end);
     if sealed {
         // From here on the journal is not closed any more.

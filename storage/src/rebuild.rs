@@ -4,7 +4,8 @@
 //!    to the empty family a bounded number at a time; the rest is gathered in memory, as every start does.
 //! 2. The end of a checkpoint says that it named every partition and row that there was: those that neither it nor a
 //!    later change names were deleted in a segment that is gone.
-//! 3. [`Rebuild::finish`] reads the extents back in the order of their offsets and makes ledgers of them, and what is
+//! 3. Extents in stores that drain are repeated by checkpoints: their own store's journal says nothing of who owns them.
+//! 4. [`Rebuild::finish`] reads the extents back in the order of their offsets and makes ledgers of them, and what is
 //!    live in each segment. The covered position is written last, so that a rebuild that is cut off starts anew.
 //!
 //! An extent that was compacted may be in two segments: they hold the same messages, and the last one read counts.
@@ -15,6 +16,7 @@ use std::time::Duration;
 use drava_protocol::PartitionId;
 
 use crate::block::{ExtentHeader, ExtentKind};
+use crate::foreign::ForeignSegment;
 use crate::index::{ExtentRow, IndexBatch, IndexThread, PartitionRow, RebuildRows, SegmentRow, Trim};
 use crate::io::Io;
 use crate::ledger::{Added, Ledgers, RollPolicy};
@@ -91,6 +93,13 @@ impl Unbroken {
     }
 }
 
+/// Bytes of extents by the segment that holds them.
+#[derive(Default)]
+struct Live {
+    own: BTreeMap<SegmentId, u64>,
+    foreign: BTreeMap<ForeignSegment, u64>,
+}
+
 /// What opening goes on with.
 pub(crate) struct Finished {
     pub(crate) partitions: Partitions,
@@ -98,6 +107,7 @@ pub(crate) struct Finished {
     pub(crate) batches: BTreeMap<PartitionId, Vec<ReplayedBatch>>,
     pub(crate) index: IndexBatch,
     pub(crate) live: Vec<(SegmentId, u64)>,
+    pub(crate) foreign: BTreeMap<ForeignSegment, u64>,
     pub(crate) rebuilt: Rebuilt,
 }
 
@@ -127,17 +137,19 @@ impl<'a, I: Io> Rebuild<'a, I> {
         self.rebuilt.extents += 1;
     }
 
-    /// A block of a compacted segment: extents of partitions that the journal knows. The messages `bad` are not whole in it:
-    /// it was being written, and then others have them, or it was damaged.
+    /// A block of a compacted segment. The messages `bad` are not whole in it: it was being written, and then others have
+    /// them, or it was damaged.
     pub(crate) fn compacted(&mut self, block: &Visited<'_>, bad: &[LostRange]) {
         for extent in block.extents.iter().filter(|extent| extent.header.kind == ExtentKind::Data) {
             let header = &extent.header;
             let id = header.ledger.partition;
             let has =
                 |lost: &LostRange| header.base_offset < lost.offsets.end && lost.offsets.start < header.next_offset();
-            if !self.partitions.contains_key(&id) {
+            // A whole checkpoint names all there are. Where it is damaged this may be the only trace of a partition.
+            if self.gone.contains(&id) || self.checkpoint.is_some() && !self.partitions.contains_key(&id) {
                 continue;
             }
+            self.partitions.entry(id).or_default();
             if bad.iter().any(|lost| lost.partition == id && has(lost)) {
                 self.doubtful.push((id, row_of(block, extent)));
             } else {
@@ -182,6 +194,11 @@ impl<'a, I: Io> Rebuild<'a, I> {
                 if found.state.get(&key).is_none_or(|row| row.as_of <= covered) {
                     found.state.insert(key, FoundRow { as_of: covered, seen: sequence, value: Some(value) });
                 }
+            }
+            RowChange::Checkpoint(Checkpoint::Extent { row, .. }) => {
+                found.row.end_offset = found.row.end_offset.max(row.next_offset);
+                self.rows.extents.push((id, row));
+                self.rebuilt.extents += 1;
             }
             RowChange::Checkpoint(Checkpoint::Partition { row, .. }) => {
                 found.row.start_offset = found.row.start_offset.max(row.start_offset);
@@ -235,9 +252,10 @@ impl<'a, I: Io> Rebuild<'a, I> {
             batches: BTreeMap::new(),
             index: IndexBatch { checkpoint: self.checkpoint, ..IndexBatch::default() },
             live: Vec::new(),
+            foreign: BTreeMap::new(),
             rebuilt: Rebuilt::default(),
         };
-        let mut live: BTreeMap<SegmentId, u64> = BTreeMap::new();
+        let mut live = Live::default();
         for (id, found) in std::mem::take(&mut self.partitions) {
             let (row, ledgers) = self.ledgers(id, &found, &mut live).await?;
             let partition = ManagedLedger::new(id, row, ledgers, roll);
@@ -260,11 +278,13 @@ impl<'a, I: Io> Rebuild<'a, I> {
         self.rebuilt.segments = self.used.len() as u64;
         let mut segments = Vec::new();
         for (segment, (generation, kind)) in std::mem::take(&mut self.used) {
-            let live_bytes = live.get(&segment).copied().unwrap_or(0);
+            let live_bytes = live.own.get(&segment).copied().unwrap_or(0);
             segments.push((segment, SegmentRow { generation, live_bytes, kind }));
             finished.live.push((segment, live_bytes));
         }
-        self.index.rebuild(Box::new(RebuildRows { segments, ..RebuildRows::default() })).await?;
+        finished.foreign = live.foreign.clone();
+        let rows = RebuildRows { segments, foreign: live.foreign, ..RebuildRows::default() };
+        self.index.rebuild(Box::new(rows)).await?;
         // A new store has none to make.
         if 0 < self.bytes {
             tracing::info!(shard = self.shard.0, rebuilt = ?self.rebuilt, "the index was made anew");
@@ -278,7 +298,7 @@ impl<'a, I: Io> Rebuild<'a, I> {
         &mut self,
         id: PartitionId,
         found: &Found,
-        live: &mut BTreeMap<SegmentId, u64>,
+        live: &mut Live,
     ) -> Result<(PartitionRow, Ledgers), OpenError> {
         let mut row = found.row;
         let mut ledgers = Ledgers::default();
@@ -291,7 +311,10 @@ impl<'a, I: Io> Rebuild<'a, I> {
             for extent in extents.iter().filter(|extent| from <= extent.first_offset) {
                 let last_ledger = ledgers.last().map_or(0, |(sequence, _)| *sequence);
                 if extent.first_offset < end || extent.ledger < last_ledger {
-                    tracing::error!(partition = %id, ?extent, "an extent does not follow the one before it; it is left out");
+                    // What was compacted is there twice, and the other one may be longer.
+                    if end < extent.next_offset {
+                        tracing::error!(partition = %id, ?extent, "an extent does not follow the one before it; it is left out");
+                    }
                     removed.push((id, extent.first_offset));
                     continue;
                 }
@@ -310,7 +333,11 @@ impl<'a, I: Io> Rebuild<'a, I> {
                 });
                 row.last_ledger = row.last_ledger.max(extent.ledger);
                 end = extent.next_offset;
-                *live.entry(extent.segment).or_default() += extent.body_bytes as u64;
+                let live_bytes = match extent.store {
+                    None => live.own.entry(extent.segment).or_default(),
+                    Some(store) => live.foreign.entry((store, extent.segment)).or_default(),
+                };
+                *live_bytes += extent.body_bytes as u64;
             }
             match extents.last() {
                 Some(last) if read == EXTENTS_READ && from < last.next_offset => from = last.next_offset,

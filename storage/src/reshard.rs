@@ -3,15 +3,19 @@
 //! 1. [`seal`] recovers each old store with its family, so that all of its journal is in the index, durably.
 //! 2. [`move_rows`] copies the rows of the old families to new ones, those of a partition to the family of its owner.
 //!    Extents say from then on in which store they lie. It starts with empty families and flushes them at the end.
-//! 3. The caller decides, in one write of its own, that the new stores are the stores of the node. Before that write the
-//!    new families are nothing, and after it the old ones: whoever opens the index drops what it is not told to open
-//!    ([`crate::IndexDb::open_stores`]). So a crash anywhere is a start over, or done.
+//! 3. [`anchor`] repeats in the journal of each new store what its family has: were the families lost a moment after the
+//!    decision, the new journals would be enough to make them anew, as they are at any other time.
+//! 4. The caller decides, in one write of its own, that the new stores are the stores of the node. Before that write the
+//!    new families and directories are nothing, and after it the old families: whoever opens the index drops what it is
+//!    not told to open ([`crate::IndexDb::open_stores`]). So a crash anywhere is a start over, or done.
 //!
 //! No message is copied. The old segments are read where they lie, and go when nothing in them is indexed any more
 //! ([`crate::foreign`]).
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
+use std::rc::Rc;
 
 use drava_protocol::PartitionId;
 
@@ -21,7 +25,7 @@ use crate::index::{Covered, Index, IndexError, MovedRow};
 use crate::io::Io;
 use crate::journal::JournalEnd;
 use crate::state::StateBatch;
-use crate::store::{OpenError, Recovered, RecoveredPartition, Store, StoreConfig};
+use crate::store::{FlushError, FlushSink, OpenError, Recovered, RecoveredPartition, Store, StoreConfig};
 
 /// What is gathered for a family before it is written.
 const BATCH_BYTES: usize = 1 << 20;
@@ -31,11 +35,13 @@ pub enum ReshardError {
     #[error(transparent)]
     Open(#[from] OpenError),
     #[error("close the journal: {0}")]
-    Seal(#[from] crate::store::FlushError),
+    Seal(#[from] FlushError),
     #[error(transparent)]
     Index(#[from] IndexError),
     #[error("store {0} was not closed in good order")]
     NotSealed(StoreId),
+    #[error("there is no room for what the journal of a new store begins with, or it could not be written")]
+    NotAnchored,
 }
 
 /// What [`move_rows`] did.
@@ -101,6 +107,34 @@ pub fn move_rows(
     }
     moved.partitions = partitions.len() as u64;
     Ok(moved)
+}
+
+/// Writes a checkpoint of its family to the journal of a new store, and closes it: from here on the journal is enough
+/// to make the family anew. The directory is there.
+pub async fn anchor<I: Io>(io: I, config: StoreConfig, index: Index) -> Result<(), ReshardError> {
+    let (store, recovered) = Store::<I, ()>::open(io, config, index).await?;
+    store.start(Rc::new(RefCell::new(NoSink)));
+    // A store without partitions has nothing that an empty journal would not say.
+    let anchored = recovered.partitions.is_empty() || store.write_checkpoint().await;
+    let sealed = store.seal().await;
+    store.close().await;
+    sealed?;
+    if anchored { Ok(()) } else { Err(ReshardError::NotAnchored) }
+}
+
+/// Nobody waits for a checkpoint's rows but the checkpoint itself.
+struct NoSink;
+
+impl FlushSink<()> for NoSink {
+    fn flushed(&mut self, tokens: &mut Vec<()>) {
+        tokens.clear();
+    }
+
+    fn failed(&mut self, tokens: &mut Vec<()>, _error: &FlushError) {
+        tokens.clear();
+    }
+
+    fn collect_state(&mut self, _out: &mut StateBatch) {}
 }
 
 /// A family that takes rows.

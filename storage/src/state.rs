@@ -5,7 +5,7 @@
 
 use drava_protocol::PartitionId;
 
-use crate::index::{PartitionRow, Trim};
+use crate::index::{ExtentRow, PartitionRow, Trim};
 
 /// State derived from durable entries, to be written together with the index of those entries.
 ///
@@ -34,6 +34,7 @@ const OP_DROP: u8 = 4;
 const OP_SAVED_ROW: u8 = 5;
 const OP_SAVED_PARTITION: u8 = 6;
 const OP_SAVED_END: u8 = 7;
+const OP_SAVED_EXTENT: u8 = 8;
 
 /// Longest key of a row.
 pub const KEY_BYTES_MAX: usize = u16::MAX as usize;
@@ -70,6 +71,11 @@ pub(crate) enum Checkpoint {
         covered: u64,
         row: PartitionRow,
     },
+    /// An extent in another store: no block of this one says where it lies.
+    Extent {
+        covered: u64,
+        row: ExtentRow,
+    },
     /// All rows are there. The first was read at `covered`, which lies in a segment of this generation.
     End {
         covered: u64,
@@ -86,6 +92,7 @@ impl RowChange {
             RowChange::Drop => (0, 0),
             RowChange::Checkpoint(Checkpoint::Row { key, value, .. }) => (key.len(), 8 + value.len()),
             RowChange::Checkpoint(Checkpoint::Partition { .. }) => (0, 28),
+            RowChange::Checkpoint(Checkpoint::Extent { row, .. }) => (0, 16 + row.encoded_bytes()),
             RowChange::Checkpoint(Checkpoint::End { .. }) => (0, 16),
         }
     }
@@ -105,6 +112,7 @@ impl RowChange {
             RowChange::Drop => OP_DROP,
             RowChange::Checkpoint(Checkpoint::Row { .. }) => OP_SAVED_ROW,
             RowChange::Checkpoint(Checkpoint::Partition { .. }) => OP_SAVED_PARTITION,
+            RowChange::Checkpoint(Checkpoint::Extent { .. }) => OP_SAVED_EXTENT,
             RowChange::Checkpoint(Checkpoint::End { .. }) => OP_SAVED_END,
         };
         out.extend_from_slice(&[op, 0]);
@@ -131,6 +139,11 @@ impl RowChange {
                 out.extend_from_slice(&row.start_offset.to_le_bytes());
                 out.extend_from_slice(&row.end_offset.to_le_bytes());
                 out.extend_from_slice(&row.last_ledger.to_le_bytes());
+            }
+            RowChange::Checkpoint(Checkpoint::Extent { covered, row }) => {
+                out.extend_from_slice(&covered.to_le_bytes());
+                out.extend_from_slice(&row.first_offset.to_le_bytes());
+                out.extend_from_slice(&row.encode());
             }
             RowChange::Checkpoint(Checkpoint::End { covered, generation }) => {
                 out.extend_from_slice(&covered.to_le_bytes());
@@ -159,7 +172,7 @@ impl RowChange {
                 })
             }
             OP_DROP => RowChange::Drop,
-            OP_SAVED_ROW | OP_SAVED_PARTITION | OP_SAVED_END => {
+            OP_SAVED_ROW | OP_SAVED_PARTITION | OP_SAVED_EXTENT | OP_SAVED_END => {
                 RowChange::Checkpoint(Checkpoint::decode(head[0], key, value)?)
             }
             _ => return None,
@@ -190,6 +203,11 @@ impl Checkpoint {
         if op == OP_SAVED_END {
             return Some(Checkpoint::End { covered, generation: first });
         }
+        if op == OP_SAVED_EXTENT {
+            // Only what lies in another store is repeated.
+            let row = ExtentRow::decode(first, value).ok().filter(|row| row.store.is_some())?;
+            return Some(Checkpoint::Extent { covered, row });
+        }
         let (end_offset, value) = value.split_first_chunk::<8>()?;
         let last_ledger = u32::from_le_bytes(*value.first_chunk::<4>()?);
         let row = PartitionRow { start_offset: first, end_offset: u64::from_le_bytes(*end_offset), last_ledger };
@@ -200,6 +218,7 @@ impl Checkpoint {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::foreign::StoreId;
 
     #[test]
     fn rows_come_back_as_they_were() {
@@ -213,6 +232,10 @@ mod tests {
             RowChange::Checkpoint(Checkpoint::Partition {
                 covered: 10,
                 row: PartitionRow { start_offset: 1, end_offset: 2, last_ledger: 3 },
+            }),
+            RowChange::Checkpoint(Checkpoint::Extent {
+                covered: 11,
+                row: ExtentRow { first_offset: 5, next_offset: 8, store: Some(StoreId(3)), ..ExtentRow::default() },
             }),
             RowChange::Checkpoint(Checkpoint::End { covered: 9, generation: 4 }),
             RowChange::Drop,

@@ -221,12 +221,6 @@ pub enum OpenError {
     Segment { path: PathBuf, reason: String },
     #[error("configuration: {0}")]
     Config(String),
-    #[error(
-        "the index of a shard is lost, and only it knows where messages lie in {}; put the index back from a copy, or \
-         take these stores out of `draining` in format.json to start without those messages",
-        stores.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>().join(", ")
-    )]
-    IndexLost { stores: Vec<PathBuf> },
 }
 
 /// Where a partition stands.
@@ -882,6 +876,11 @@ impl<I: Io, T: 'static> Store<I, T> {
         sealed
     }
 
+    /// Repeats in the journal what the index has, so that it can be made anew from there. `false`: it is not whole.
+    pub(crate) async fn write_checkpoint(&self) -> bool {
+        self.0.write_checkpoint().await.is_some()
+    }
+
     /// Ends all background work and lets go of the index, without flushing anything: what is on disk is what a crash
     /// would leave. After [`Store::seal`] there is nothing left to lose.
     pub async fn close(&self) {
@@ -892,6 +891,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         inner.index_woken.notify();
         inner.unvouched.notify();
         inner.journal.quiesced().await;
+        inner.journal.kept().await;
         inner.index.stop().await;
     }
 

@@ -289,6 +289,10 @@ impl Io for DryIo {
         Ok(())
     }
 
+    async fn remove_dir(&self, _dir: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
     async fn sync_dir(&self, _dir: &Path) -> io::Result<()> {
         Ok(())
     }

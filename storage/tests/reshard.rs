@@ -3,7 +3,7 @@
 mod common;
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use common::{Fixture, Sink, run, small};
 use drava_protocol::{PartitionId, ShardId};
-use drava_storage::foreign::{self, StoreId};
+use drava_storage::foreign::{self, Drained, Holders, StoreId};
 use drava_storage::reshard::{self, Moved};
-use drava_storage::{GlommioIo, Index, IndexDb, OpenError, PartitionLimits, PartitionSlot, Store, StoreConfig};
+use drava_storage::{ForeignStores, GlommioIo, Index, IndexDb, PartitionLimits, PartitionSlot, Store, StoreConfig};
 
 /// What the node would keep in its format file.
 #[derive(Clone)]
@@ -74,13 +74,26 @@ impl Node {
         stores.iter().map(|store| db.store(*store)).collect()
     }
 
-    /// Opens all shards and checks that everything is as it has to be.
     async fn open(&mut self) {
+        let holders = foreign::holders(&self.index(&self.layout.stores)).expect("readable rows");
+        self.open_with_holders(Some(holders)).await;
+    }
+
+    /// Opens all shards and checks that everything is as it has to be. Without `holders` nothing is removed.
+    async fn open_with_holders(&mut self, holders: Option<Holders>) {
         let indexes = self.index(&self.layout.stores);
-        let holders = foreign::holders(&indexes).expect("readable rows");
         let dirs = self.layout.draining.iter().map(|store| (*store, self.store_dir(*store))).collect();
-        let (foreign, gone) = foreign::drain(dirs, holders).expect("directories");
-        self.layout.draining.retain(|store| !gone.contains(store));
+        let foreign = if let Some(holders) = holders {
+            let Drained { left, gone } = foreign::drain(&GlommioIo::new(), dirs, holders).await.expect("directories");
+            self.layout.draining.retain(|store| !gone.contains(store));
+            left.map(|(foreign, drainer)| {
+                drop(drava_runtime::spawn(drainer.run()));
+                foreign
+            })
+        } else {
+            let (emptied, _) = drava_runtime::foreign::inbox();
+            Some(ForeignStores { dirs, emptied })
+        };
         let shards = indexes.len();
         for (shard, index) in indexes.into_iter().enumerate() {
             let config = StoreConfig { foreign: foreign.clone(), ..self.config(self.layout.stores[shard]) };
@@ -191,6 +204,11 @@ impl Node {
         let mut new = indexes.split_off(old.stores.len());
         let from: Vec<(StoreId, Index)> = old.stores.iter().copied().zip(indexes).collect();
         let moved = reshard::move_rows(&from, &mut new, &|id| shard_of(id, shards.into())).unwrap();
+        drop((from, new));
+        for (store, index) in stores.iter().zip(self.index(&all).into_iter().skip(old.stores.len())) {
+            std::fs::remove_dir_all(self.store_dir(*store)).ok();
+            reshard::anchor(GlommioIo::new(), self.config(*store), index).await.unwrap();
+        }
         let draining = old.draining.iter().chain(&old.stores).copied().collect();
         (Layout { stores, draining, next }, moved)
     }
@@ -296,32 +314,35 @@ fn old_stores_go_when_nothing_is_in_them_any_more() {
 }
 
 #[test]
-fn a_lost_index_is_refused_while_it_says_where_old_messages_lie() {
+fn a_lost_index_is_made_anew_from_the_new_stores_alone() {
     let dir = tempfile::tempdir().unwrap();
     run(async {
-        let mut node = Node::new(dir.path(), 1);
+        let mut node = Node::new(dir.path(), 2);
         node.open().await;
-        node.write(3).await;
-        node.stop(true).await;
-        node.layout = node.prepare(2).await.0;
-        assert!(node.index(&node.layout.stores).iter().all(|index| index.is_made().unwrap()));
-        std::fs::remove_dir_all(dir.path().join("index")).unwrap();
-        let indexes = node.index(&node.layout.stores);
-        assert!(indexes.iter().all(|index| !index.is_made().unwrap()));
-        let (emptied, _inbox) = std::sync::mpsc::channel();
-        let foreign = drava_storage::ForeignStores { dirs: [(StoreId(0), node.store_dir(StoreId(0)))].into(), emptied };
-        let config = StoreConfig { foreign: Some(foreign), ..node.config(node.layout.stores[0]) };
-        let index = indexes.into_iter().next().unwrap();
-        let error = Store::<_, u64>::open(GlommioIo::new(), config, index).await.err().expect("it is refused");
-        assert!(matches!(&error, OpenError::IndexLost { stores } if stores.len() == 1), "{error}");
-        let left: BTreeSet<_> = std::fs::read_dir(node.store_dir(StoreId(0)))
-            .unwrap()
-            .collect::<Result<Vec<_>, _>>()
-            .unwrap()
-            .into_iter()
-            .map(|file| file.path())
-            .collect();
-        assert!(!left.is_empty(), "and nothing is removed");
+        node.write(10).await;
+        node.trim(PartitionId(2)).await;
+        node.stop(false).await;
+        for shards in [3, 2] {
+            node.layout = node.prepare(shards).await.0;
+            // At once, and after something was written, trimmed and deleted.
+            for round in 0..2 {
+                std::fs::remove_dir_all(dir.path().join("index")).unwrap();
+                // As the node does it: without the rows nobody can say what is in the old stores for nobody.
+                assert!(node.index(&node.layout.stores).iter().all(|index| !index.is_made().unwrap()));
+                node.open_with_holders(None).await;
+                if round == 0 {
+                    node.write(5).await;
+                    node.trim(PartitionId(7)).await;
+                    node.delete(PartitionId(10 - u64::from(shards))).await;
+                    node.ids = 1..7;
+                }
+                node.stop(round == 0).await;
+                node.open().await;
+                let foreign: u64 = node.shards.iter().map(|shard| shard.store.figures().foreign_live_bytes).sum();
+                assert!(0 < foreign, "old messages are read where they lie");
+                node.stop(round == 1).await;
+            }
+        }
     });
 }
 

@@ -797,8 +797,12 @@ impl ExtentRow {
         }
     }
 
-    fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(62);
+    pub(crate) fn encoded_bytes(&self) -> usize {
+        60 + if self.store.is_some() { 2 } else { 0 }
+    }
+
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(self.encoded_bytes());
         out.extend_from_slice(&self.next_offset.to_le_bytes());
         out.extend_from_slice(&self.ledger.to_le_bytes());
         out.extend_from_slice(&self.segment.0.to_le_bytes());
@@ -815,7 +819,7 @@ impl ExtentRow {
         out
     }
 
-    fn decode(first_offset: u64, mut value: &[u8]) -> Result<ExtentRow, IndexError> {
+    pub(crate) fn decode(first_offset: u64, mut value: &[u8]) -> Result<ExtentRow, IndexError> {
         let value = &mut value;
         let next_offset = le_u64(value)?;
         in_order(first_offset, next_offset)?;

@@ -1,5 +1,6 @@
 //! What a rebuild writes into an empty family, and what a checkpoint reads from a full one.
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
 use drava_protocol::PartitionId;
@@ -8,8 +9,9 @@ use drava_runtime::foreign::reply;
 use super::kv::KvBatch;
 use super::{
     Covered, ExtentRow, Family, IndexError, IndexThread, PartitionRow, Request, SegmentRow, TABLE_COVERED,
-    TABLE_EXTENT, TABLE_PARTITION, TABLE_STATE, Trim, be_u64, extent_key, partition_key, segment_key,
+    TABLE_EXTENT, TABLE_PARTITION, TABLE_STATE, Trim, be_u64, extent_key, foreign_key, partition_key, segment_key,
 };
+use crate::foreign::ForeignSegment;
 use crate::segment::SegmentId;
 
 /// Changes without a covered position: until one is written, whoever opens the family starts anew.
@@ -23,6 +25,8 @@ pub(crate) struct RebuildRows {
     /// All segments and what is live in them. They are known before the first change, as after any other start: it may be
     /// about one that is used again already, or move what is live.
     pub(crate) segments: Vec<(SegmentId, SegmentRow)>,
+    /// What is live in segments of other stores.
+    pub(crate) foreign: BTreeMap<ForeignSegment, u64>,
 }
 
 /// A piece of what a checkpoint repeats.
@@ -30,6 +34,8 @@ pub(crate) struct RebuildRows {
 pub(crate) struct SavedRows {
     pub(crate) partitions: Vec<(PartitionId, PartitionRow)>,
     pub(crate) state: Vec<(PartitionId, Vec<u8>, Vec<u8>)>,
+    /// Extents in other stores.
+    pub(crate) foreign: Vec<(PartitionId, ExtentRow)>,
     /// The rows are as of here.
     pub(crate) covered: Covered,
     /// Where the next piece starts; `None`: there is none.
@@ -70,8 +76,10 @@ impl Family {
             batch.delete(extent_key(partition, first_offset));
         }
         rows.segments.iter().for_each(|(segment, row)| batch.put(segment_key(*segment), row.encode()));
+        rows.foreign.iter().for_each(|(segment, bytes)| batch.put(foreign_key(*segment), bytes.to_le_bytes()));
         self.kv.write(batch)?;
         self.segments.extend(rows.segments.iter().copied());
+        self.foreign.extend(&rows.foreign);
         Ok(())
     }
 
@@ -79,7 +87,7 @@ impl Family {
         let mut saved = SavedRows::default();
         let covered = self.kv.get(&[TABLE_COVERED])?;
         saved.covered = Covered::decode(&covered.ok_or(IndexError::Row("nothing is covered"))?)?;
-        let mut bytes = 0;
+        let mut bytes = self.saved_extents(from, bytes_max, &mut saved)?;
         for table in [TABLE_PARTITION, TABLE_STATE] {
             let start = [table];
             if from.first().is_some_and(|from| table < *from) || saved.next.is_some() {
@@ -101,5 +109,34 @@ impl Family {
             })?;
         }
         Ok(saved)
+    }
+
+    /// Extents in other stores, and their bytes. In each partition they come before those of the own store, so the rest of
+    /// it is passed by.
+    fn saved_extents(&self, from: &[u8], bytes_max: usize, saved: &mut SavedRows) -> Result<usize, IndexError> {
+        let mut bytes = 0;
+        let mut next = Some(from.max(&[TABLE_EXTENT]).to_vec());
+        if self.foreign.is_empty() {
+            next = None;
+        }
+        while let Some(start) = next.take() {
+            self.rows(&[TABLE_EXTENT], &start, |key, value| {
+                if bytes_max <= bytes {
+                    saved.next = Some([&[TABLE_EXTENT], key].concat());
+                    return Ok(ControlFlow::Break(()));
+                }
+                let mut rest = key;
+                let (partition, first_offset) = (PartitionId(be_u64(&mut rest)?), be_u64(&mut rest)?);
+                let row = ExtentRow::decode(first_offset, value)?;
+                if row.store.is_none() {
+                    next = partition.0.checked_add(1).map(|id| extent_key(PartitionId(id), 0).to_vec());
+                    return Ok(ControlFlow::Break(()));
+                }
+                bytes += key.len() + value.len();
+                saved.foreign.push((partition, row));
+                Ok(ControlFlow::Continue(()))
+            })?;
+        }
+        Ok(bytes)
     }
 }

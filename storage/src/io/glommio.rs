@@ -88,6 +88,11 @@ impl Io for GlommioIo {
         blocking(move || std::fs::remove_file(path)).await
     }
 
+    async fn remove_dir(&self, dir: &Path) -> io::Result<()> {
+        let dir = dir.to_owned();
+        blocking(move || std::fs::remove_dir(dir)).await
+    }
+
     async fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         let dir = dir.to_owned();
         blocking(move || std::fs::File::open(dir)?.sync_all()).await

@@ -249,6 +249,10 @@ impl Io for FaultyIo {
         self.disk.remove(path).await
     }
 
+    async fn remove_dir(&self, dir: &Path) -> std::io::Result<()> {
+        self.disk.remove_dir(dir).await
+    }
+
     async fn sync_dir(&self, dir: &Path) -> std::io::Result<()> {
         self.disk.sync_dir(dir).await
     }

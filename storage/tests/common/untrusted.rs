@@ -382,6 +382,10 @@ impl Io for Disk {
         Ok(())
     }
 
+    async fn remove_dir(&self, _dir: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
     async fn sync_dir(&self, _dir: &Path) -> io::Result<()> {
         Ok(())
     }
