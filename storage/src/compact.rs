@@ -82,8 +82,6 @@ pub(crate) struct CompactionFigures {
     pub(crate) compacted_bytes: u64,
     pub(crate) compactions: u64,
     pub(crate) dropped_bytes: u64,
-    /// Gauge: segments that wait to be brought together.
-    pub(crate) fragmented_segments: u64,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -209,7 +207,6 @@ impl<I: Io, T: 'static> Inner<I, T> {
             }
         }
         let mut passes: Vec<_> = fragment_passes(&fragmented, quiet);
-        self.compactor.count(|figures| figures.fragmented_segments = passes.iter().map(Vec::len).sum::<usize>() as u64);
         if !garbage.is_empty() {
             passes.insert(0, garbage);
         }
@@ -221,12 +218,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
             // While others were compacted these may have died and be used again.
             victims.retain(is_same);
             Pass::new(self, victims).run().await?;
-            self.compactor.count(|figures| {
-                let done = victims.iter().filter(|id| fragmented.iter().any(|segment| segment.id == **id)).count();
-                figures.fragmented_segments = figures.fragmented_segments.saturating_sub(done as u64);
-            });
         }
-        self.compactor.count(|figures| figures.fragmented_segments = 0);
         Ok(!passes.is_empty())
     }
 
@@ -236,6 +228,20 @@ impl<I: Io, T: 'static> Inner<I, T> {
         let damaged = self.compactor.damaged.borrow();
         found.retain(|segment| damaged.get(&segment.id) != Some(&segment.generation));
         found
+    }
+
+    /// Segments of the journal behind the cache that are fragmented, as far as anybody has looked at them: all others wait
+    /// for that.
+    pub(crate) fn fragmented_segments(&self) -> u64 {
+        if self.compactor.budget.is_off() {
+            return 0;
+        }
+        let (judged, damaged) = (self.compactor.judged.borrow(), self.compactor.damaged.borrow());
+        let sealed = self.journal.live_journal_before(self.cache.borrow().first_sequence());
+        let waits = |(id, generation): &&(SegmentId, u64)| {
+            judged.get(id) != Some(generation) && damaged.get(id) != Some(generation)
+        };
+        sealed.iter().filter(waits).count() as u64
     }
 
     fn is_quiet(&self) -> bool {

@@ -135,7 +135,7 @@ const SHARD_FIGURES: &[ShardFigure] = &[
     bytes(counter("drava_store_compacted", "Bytes written to bring live entries together.", |s| Count(s.store.compacted_bytes))),
     counter("drava_store_compactions", "Passes of compaction.", |s| Count(s.store.compactions)),
     bytes(counter("drava_store_compaction_dropped", "Bytes brought together and deleted meanwhile.", |s| Count(s.store.compaction_dropped_bytes))),
-    gauge("drava_store_fragmented_segments", "Segments that wait to be brought together.", |s| Count(s.store.fragmented_segments)),
+    gauge("drava_store_fragmented_segments", "Segments that wait to be brought together, or to be looked at.", |s| Count(s.store.fragmented_segments)),
     counter("drava_store_journal_rolls", "Writes that failed, after which the journal went on in a fresh segment.", |s| Count(s.store.journal_rolls)),
     bytes(gauge("drava_store_memory_limit", "What the store may hold in memory: all parts of drava_store_memory_bytes.", |s| Count(s.store.memory.limit))),
     bytes(gauge("drava_receive_memory", "Memory for receiving that connections and staged entries have.", |s| Count(s.receive_bytes))),

@@ -150,6 +150,7 @@ fn quiet_partitions_become_contiguous_and_stay_as_they_were() {
         let before = reads().await;
         let victims = sealed_journal(&f);
         assert!(8 <= victims.len(), "{victims:?}");
+        assert_eq!(f.store.figures().fragmented_segments, victims.len() as u64, "none was looked at");
         let live = f.store.figures().live_bytes;
         let moving = sealed(&f).iter().map(|segment| segment.live_bytes).sum::<u64>();
         assert!(f.store.compact().await.unwrap());
