@@ -66,7 +66,7 @@ pub struct StoreConfig {
     pub disk_reserve_bytes: u64,
     /// Whether the checksum of every batch is compared when it is read from disk.
     pub verify_reads: bool,
-    /// What compaction may copy; 0: there is none.
+    /// What compaction reads in a second; 0: there is none.
     pub compaction_bytes_per_s: u64,
     /// How often it is looked whether anything is worth compacting.
     pub compaction_interval: Duration,

@@ -145,7 +145,7 @@ const SHARD_FIGURES: &[ShardFigure] = &[
 type MemoryPart = (&'static str, fn(&MemoryFigures) -> u64);
 
 /// The parts of the store's memory.
-const MEMORY_PARTS: [MemoryPart; 8] = [
+const MEMORY_PARTS: [MemoryPart; 9] = [
     ("staged", |memory| memory.staged),
     ("writing", |memory| memory.writing),
     ("cache", |memory| memory.cache),
@@ -154,6 +154,7 @@ const MEMORY_PARTS: [MemoryPart; 8] = [
     ("buffers", |memory| memory.buffers),
     ("bookkeeping", |memory| memory.bookkeeping),
     ("index", |memory| memory.index),
+    ("compaction", |memory| memory.compaction),
 ];
 
 /// All that one scrape writes down.
@@ -339,6 +340,7 @@ mod tests {
                     buffers: 2006,
                     bookkeeping: 2007,
                     index: 2008,
+                    compaction: 2009,
                     limit: 1035,
                 },
                 damaged_ranges: 1037,
