@@ -109,16 +109,17 @@ section! {
         /// readers, who compare it themselves.
         verify_reads: bool = true, None, Range::Any;
         /// All memory of each shard's store: cache, blocks being written, what readers hold or is read ahead of them,
-        /// what is remembered of partitions and entries. The cache gives way to the rest, and readers, who have half,
-        /// wait when they hold more. 0: twice the sum of `cache_bytes`, two times `staged_bytes_max`, and 64 MiB.
+        /// what is remembered of partitions and entries, what is being compacted. The cache gives way to the rest, and
+        /// readers, who have half, wait when they hold more. 0: twice the sum of `cache_bytes`, two times
+        /// `staged_bytes_max`, and 64 MiB.
         memory_bytes: u64 = 0, Bytes, Range::Numbers(0..=1 << 40);
         /// What a shard reads in a second to check what it stored long ago, while its disk is not late. 0: nothing is
         /// checked before somebody reads it.
         scrub_bytes_per_s: u64 = 8 << 20, Bytes, Range::Numbers(0..=16 << 30);
         /// The next check of everything begins so long after the last one began, or at its end if that takes longer.
         scrub_interval_s: u64 = 7 * 86_400, Seconds, Range::Numbers(1..=365 * 86_400);
-        /// What a shard copies in a second to bring together what is live in old segments, while its disk is not late. 0:
-        /// room that lies between live messages does not come back.
+        /// What a shard reads in a second to bring together what is live in old segments, while its disk is not late; it
+        /// writes up to as much. 0: room that lies between live messages does not come back.
         compaction_bytes_per_s: u64 = 64 << 20, Bytes, Range::Numbers(0..=16 << 30);
         /// A segment is compacted when at least so much of it is dead, and there is enough of it to win a segment.
         compaction_garbage_percent: u32 = 50, None, Range::Numbers(1..=100);

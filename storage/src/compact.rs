@@ -4,10 +4,10 @@
 //! Two things make segments victims. **Garbage**: most of what they hold is dead. **Fragments**: they hold so many
 //! partitions that a reader of one has to jump about. A pass over some victims:
 //!
-//! 1. The index is scanned for their live extents, in its own order: by partition, then by offset. So nothing is sorted
-//!    and nothing but the next extents is held in memory.
-//! 2. Extents are read, their checksums compared, and neighbours of one ledger joined. What does not verify stays where
-//!    it is, and so does its segment.
+//! 1. The index is scanned for their live extents, in its own order: by partition, then by offset. As many as memory
+//!    allows are a [`window`], which is read in the order of the disk, with long reads.
+//! 2. In the order of the index again checksums are compared, and neighbours of one ledger joined. What does not verify
+//!    stays where it is, and so does its segment.
 //! 3. Blocks are written durably to a compacted segment.
 //! 4. The index learns the new places, in a batch that moves an extent only where its row is still the one that was
 //!    copied: what was deleted meanwhile stays deleted.
@@ -17,6 +17,8 @@
 //! row find another use of its segment, or other bytes, and ask the index again (`backlog`).
 //!
 //! All of it yields: one small piece of IO at a time, under a budget, and not while the flusher waits for the disk.
+
+mod window;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -33,13 +35,13 @@ use crate::budget::Budget;
 use crate::damage::FoundBy;
 use crate::flush::HOUSEKEEPING;
 use crate::index::{ExtentKey, ExtentRow, IndexError, Move, MoveBatch};
-use crate::io::{ALIGNMENT, File, Io};
+use crate::io::{ALIGNMENT, Io};
 use crate::journal::SealedSegment;
-use crate::recovery::all;
 use crate::segment::{self, SegmentId, SegmentKind};
 use crate::store::Inner;
+use window::Window;
 
-/// Read or written at a time.
+/// Written at a time.
 const IO_BYTES_MAX: usize = 256 << 10;
 /// What compaction writes, unless a single extent is larger: as much as a reader of the backlog fetches at once, and
 /// little enough that the rest of a segment is not left empty for the sake of a block.
@@ -50,10 +52,11 @@ const MOVED_ROWS_MAX: usize = 8192;
 /// Victims of one pass. Each partition's extents in all of them become contiguous.
 const VICTIMS_MAX: usize = 8;
 const VICTIM_BYTES_MAX: u64 = 512 << 20;
+/// What a pass copies, in windows. The victims are read once for each: twice as many make the runs of a partition twice as
+/// long, and cost two times the reads for each byte.
+const PASS_WINDOWS: u64 = 2;
 /// A pass over garbage must win at least this many segments.
 const GAIN_SEGMENTS_MIN: u64 = 2;
-/// Small extents read beside one another: a long queue of reads is one that durable writes stand in.
-const SMALL_READS_MAX: usize = 8;
 /// A disk that takes longer for a write of the journal is left alone,
 const LATE: Duration = Duration::from_millis(10);
 /// for this long at a time,
@@ -82,8 +85,6 @@ pub(crate) struct CompactionFigures {
     pub(crate) compacted_bytes: u64,
     pub(crate) compactions: u64,
     pub(crate) dropped_bytes: u64,
-    /// Gauge: segments that wait to be brought together.
-    pub(crate) fragmented_segments: u64,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -196,7 +197,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
         self.compactor.census_at.set(now + (now - began) * CENSUS_SHARE);
         let found = |segment: &SealedSegment| census.get(&segment.id).copied().unwrap_or_default();
 
-        let garbage = choose_garbage(&candidates, found, self.config.compaction_garbage_percent);
+        let garbage = choose_garbage(&candidates, found, self.config.compaction_garbage_percent, self.pass_bytes_max());
         let left = |segment: &&SealedSegment| !garbage.contains(&segment.id);
         let left: Vec<_> = candidates.iter().filter(left).copied().collect();
         let mut fragmented = Vec::new();
@@ -208,8 +209,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                 self.compactor.judged.borrow_mut().insert(segment.id, segment.generation);
             }
         }
-        let mut passes: Vec<_> = fragment_passes(&fragmented, quiet);
-        self.compactor.count(|figures| figures.fragmented_segments = passes.iter().map(Vec::len).sum::<usize>() as u64);
+        let mut passes: Vec<_> = fragment_passes(&fragmented, quiet, self.pass_bytes_max());
         if !garbage.is_empty() {
             passes.insert(0, garbage);
         }
@@ -221,12 +221,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
             // While others were compacted these may have died and be used again.
             victims.retain(is_same);
             Pass::new(self, victims).run().await?;
-            self.compactor.count(|figures| {
-                let done = victims.iter().filter(|id| fragmented.iter().any(|segment| segment.id == **id)).count();
-                figures.fragmented_segments = figures.fragmented_segments.saturating_sub(done as u64);
-            });
         }
-        self.compactor.count(|figures| figures.fragmented_segments = 0);
         Ok(!passes.is_empty())
     }
 
@@ -238,6 +233,31 @@ impl<I: Io, T: 'static> Inner<I, T> {
         found
     }
 
+    /// Segments of the journal behind the cache that are fragmented, as far as anybody has looked at them: all others wait
+    /// for that.
+    pub(crate) fn fragmented_segments(&self) -> u64 {
+        if self.compactor.budget.is_off() {
+            return 0;
+        }
+        let (judged, damaged) = (self.compactor.judged.borrow(), self.compactor.damaged.borrow());
+        let sealed = self.journal.live_journal_before(self.cache.borrow().first_sequence());
+        let waits = |(id, generation): &&(SegmentId, u64)| {
+            judged.get(id) != Some(generation) && damaged.get(id) != Some(generation)
+        };
+        sealed.iter().filter(waits).count() as u64
+    }
+
+    /// What a pass may copy.
+    fn pass_bytes_max(&self) -> u64 {
+        (PASS_WINDOWS * self.memory.window_bytes_max()).min(VICTIM_BYTES_MAX)
+    }
+
+    /// What a window may take now, when the cache has let go of all it has.
+    fn window_bytes_max(&self) -> u64 {
+        let cached = self.cache.borrow().block_bytes();
+        self.memory.window_bytes_left(self.staging.borrow().memory_bytes(), cached)
+    }
+
     fn is_quiet(&self) -> bool {
         self.journal.written_at() + QUIET <= self.io.now()
     }
@@ -245,7 +265,8 @@ impl<I: Io, T: 'static> Inner<I, T> {
     /// What can be known without the rows of the index.
     fn is_worth_a_census(&self, candidates: &[SealedSegment], quiet: bool) -> bool {
         let as_counted = |segment: &SealedSegment| Found { live_bytes: segment.live_bytes, ..Found::default() };
-        let garbage = !choose_garbage(candidates, as_counted, self.config.compaction_garbage_percent).is_empty();
+        let percent = self.config.compaction_garbage_percent;
+        let garbage = !choose_garbage(candidates, as_counted, percent, self.pass_bytes_max()).is_empty();
         let judged = self.compactor.judged.borrow();
         let unjudged = candidates
             .iter()
@@ -306,27 +327,6 @@ impl<I: Io, T: 'static> Inner<I, T> {
         if self.stopped.get() { Err(CompactError::Stopped) } else { Ok(()) }
     }
 
-    /// The bytes of an extent, its header included.
-    async fn read_extent(&self, row: &ExtentRow) -> Result<Vec<u8>, CompactError> {
-        let failed = |source| CompactError::Read { segment: row.segment.0, source };
-        let file = self.journal.file(row.segment).await.map_err(failed)?;
-        let extent = row.position..row.position + EXTENT_HEADER_BYTES as u64 + row.body_bytes as u64;
-        let end = extent.end.next_multiple_of(ALIGNMENT as u64);
-        let mut at = extent.start & !(ALIGNMENT as u64 - 1);
-        let mut bytes = Vec::with_capacity((extent.end - extent.start) as usize);
-        while at < end {
-            let read_bytes = (end - at).min(IO_BYTES_MAX as u64);
-            let read = file.read_at(at, read_bytes as usize).await.map_err(failed)?;
-            let wanted = extent.start.max(at) - at..extent.end.min(at + read_bytes) - at;
-            let Some(wanted) = read.get(wanted.start as usize..wanted.end as usize) else {
-                return Err(failed(io::ErrorKind::UnexpectedEof.into()));
-            };
-            bytes.extend_from_slice(wanted);
-            at += read_bytes;
-        }
-        Ok(bytes)
-    }
-
     /// The extents up to `next_offset` lie somewhere else now.
     fn forget_places(&self, partition: PartitionId, next_offset: u64) {
         let mut partitions = self.partitions.borrow_mut();
@@ -345,11 +345,13 @@ fn reads_on(before: &ExtentRow, row: &ExtentRow) -> bool {
     before.segment == row.segment && end <= row.position && row.position - end <= GAP_BYTES_MAX
 }
 
-/// The emptiest segments, if moving what is live in them wins enough. `found` tells what is.
+/// The emptiest segments, if moving what is live in them wins enough. `found` tells what is. More than `live_bytes_max` is
+/// moved only where less would not win enough.
 fn choose_garbage(
     candidates: &[SealedSegment],
     found: impl Fn(&SealedSegment) -> Found,
     garbage_percent: u32,
+    live_bytes_max: u64,
 ) -> Vec<SegmentId> {
     let mut victims: Vec<(u64, &SealedSegment)> = candidates
         .iter()
@@ -361,35 +363,40 @@ fn choose_garbage(
         .map(|(found, segment)| (found.live_bytes, segment))
         .collect();
     victims.sort_unstable_by_key(|(live_bytes, segment)| (*live_bytes, segment.generation));
-    let mut bytes = 0;
-    let fits = |(_, segment): &&(u64, &SealedSegment)| {
-        bytes += segment.bytes;
-        bytes <= VICTIM_BYTES_MAX
-    };
-    let victims: Vec<_> = victims.iter().take(VICTIMS_MAX).take_while(fits).collect();
+    victims.truncate(VICTIMS_MAX);
     let Some(segment_bytes) = victims.iter().map(|(_, segment)| segment.bytes).max() else { return Vec::new() };
-    let live_bytes: u64 = victims.iter().map(|(live_bytes, _)| live_bytes).sum();
-    if (victims.len() as u64) < live_bytes.div_ceil(segment_bytes) + GAIN_SEGMENTS_MIN {
+    let (mut bytes, mut live_bytes, mut count) = (0, 0, 0);
+    let wins = |count: u64, live_bytes: u64| live_bytes.div_ceil(segment_bytes) + GAIN_SEGMENTS_MIN <= count;
+    for (live, segment) in &victims {
+        bytes += segment.bytes;
+        if VICTIM_BYTES_MAX < bytes || live_bytes_max < live_bytes + live && wins(count, live_bytes) {
+            break;
+        }
+        live_bytes += live;
+        count += 1;
+    }
+    if !wins(count, live_bytes) {
         return Vec::new();
     }
-    victims.iter().map(|(_, segment)| segment.id).collect()
+    victims[..count as usize].iter().map(|(_, segment)| segment.id).collect()
 }
 
-/// Runs of the oldest fragmented segments. The last may be short, but only if there is time for it.
-fn fragment_passes(fragmented: &[SealedSegment], quiet: bool) -> Vec<Vec<SegmentId>> {
+/// Runs of the oldest fragmented segments, of `bytes_max` each unless a single segment is larger. The last may be short, but
+/// only if there is time for it.
+fn fragment_passes(fragmented: &[SealedSegment], quiet: bool, bytes_max: u64) -> Vec<Vec<SegmentId>> {
     let mut passes: Vec<Vec<SegmentId>> = Vec::new();
     let mut bytes = 0;
+    let is_full = |pass: &Vec<SegmentId>, bytes: u64| pass.len() == VICTIMS_MAX || bytes_max < bytes;
     for segment in fragmented {
-        let full =
-            passes.last().is_none_or(|pass| pass.len() == VICTIMS_MAX) || VICTIM_BYTES_MAX < bytes + segment.bytes;
-        if full {
+        if passes.last().is_none_or(|pass| is_full(pass, bytes + segment.bytes)) {
             passes.push(Vec::new());
             bytes = 0;
         }
         bytes += segment.bytes;
         passes.last_mut().expect("there is one now").push(segment.id);
     }
-    let short = passes.last().is_some_and(|pass| pass.len() < VICTIMS_MAX && bytes < VICTIM_BYTES_MAX);
+    let next_bytes = fragmented.last().map_or(0, |segment| segment.bytes);
+    let short = passes.last().is_some_and(|pass| !is_full(pass, bytes + next_bytes));
     if short && !quiet {
         passes.pop();
     }
@@ -400,6 +407,11 @@ fn fragment_passes(fragmented: &[SealedSegment], quiet: bool) -> Vec<Vec<Segment
 struct Pass<'a, I: Io, T: 'static> {
     inner: &'a Inner<I, T>,
     victims: Vec<SegmentId>,
+    window: Window,
+    /// Memory that the window has in the account of the store.
+    window_bytes: u64,
+    /// Read from the victims.
+    read_bytes: u64,
     output: Option<Output>,
     /// Extents of the next block. Their bodies are in `bodies`, one behind the other.
     gathered: Vec<Gathered>,
@@ -434,6 +446,9 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
         Pass {
             inner,
             victims: victims.to_vec(),
+            window: Window::default(),
+            window_bytes: 0,
+            read_bytes: 0,
             output: None,
             gathered: Vec::new(),
             bodies: Vec::new(),
@@ -454,6 +469,7 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
             shard = self.inner.config.shard.0,
             segments = self.victims.len(),
             bytes = self.inner.compactor.figures().compacted_bytes - before,
+            read_bytes = self.read_bytes,
             took = ?self.inner.io.now().saturating_sub(began),
             "segments were compacted"
         );
@@ -465,24 +481,50 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
         let mut from = Some(FIRST);
         while let Some(key) = from {
             let scanned = self.inner.index.scan(key, Some(self.victims.clone())).await?;
-            let mut rows = &scanned.rows[..];
-            while !rows.is_empty() {
-                // Small extents are read beside one another, as much at a time as a large one.
-                let count = small_reads(rows);
-                let (now, later) = rows.split_at(count);
-                // The disk is paid for pages.
-                let pages = |row: &ExtentRow| u64::from(row.body_bytes).next_multiple_of(ALIGNMENT as u64);
-                self.inner.give_way(now.iter().map(|(_, row)| pages(row)).sum()).await?;
-                let reads = all(now.iter().map(|(_, row)| self.inner.read_extent(row)).collect()).await;
-                for ((partition, row), bytes) in now.iter().zip(reads) {
-                    self.take(*partition, row, bytes).await?;
+            let window_bytes_max = self.inner.window_bytes_max();
+            for (partition, row) in scanned.rows {
+                if !self.window.has_room(&row, window_bytes_max) {
+                    self.copy_window().await?;
                 }
-                rows = later;
+                self.window.push(partition, row);
             }
+            self.count_window();
             from = scanned.next;
             self.inner.give_way(0).await?;
         }
+        self.copy_window().await?;
         self.write_block().await
+    }
+
+    /// Reads what is in the window, and puts it into blocks.
+    async fn copy_window(&mut self) -> Result<(), CompactError> {
+        self.count_window();
+        // Put back when it is copied.
+        let mut window = std::mem::take(&mut self.window);
+        self.read_bytes += self.inner.read_window(&mut window).await?;
+        for (index, (partition, row)) in window.rows().iter().enumerate() {
+            match window.extent(index) {
+                Some(extent) => self.take(*partition, row, Ok(extent)).await?,
+                None => match self.inner.read_extent(row, &mut self.read_bytes).await {
+                    Ok(extent) => self.take(*partition, row, Ok(&extent)).await?,
+                    Err(CompactError::Stopped) => return Err(CompactError::Stopped),
+                    Err(error) => self.take(*partition, row, Err(error)).await?,
+                },
+            }
+            self.inner.io.yield_if_needed().await;
+        }
+        window.clear();
+        self.window = window;
+        Ok(())
+    }
+
+    /// Memory of the window counts until the pass ends: it is kept for the next one.
+    fn count_window(&mut self) {
+        if self.window_bytes < self.window.bytes() {
+            self.window_bytes = self.window.bytes();
+            self.inner.memory.set_window(self.window_bytes);
+            self.inner.make_room(self.inner.staging.borrow().memory_bytes(), 0);
+        }
     }
 
     /// Puts an extent into the next block, behind the one before it if they belong together.
@@ -490,9 +532,9 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
         &mut self,
         partition: PartitionId,
         row: &ExtentRow,
-        bytes: Result<Vec<u8>, CompactError>,
+        bytes: Result<&[u8], CompactError>,
     ) -> Result<(), CompactError> {
-        let checked = bytes.map_err(Unfit::Unreadable).and_then(|bytes| Ok((check(partition, row, &bytes)?, bytes)));
+        let checked = bytes.map_err(Unfit::Unreadable).and_then(|bytes| Ok((check(partition, row, bytes)?, bytes)));
         let (header, bytes) = match checked {
             Ok(checked) => checked,
             Err(unfit) => {
@@ -668,6 +710,7 @@ impl<I: Io, T: 'static> Drop for Pass<'_, I, T> {
             self.inner.journal.seal_compacted(output.segment);
         }
         self.inner.journal.pin(&self.victims, false);
+        self.inner.memory.set_window(0);
     }
 }
 
@@ -684,16 +727,6 @@ impl ExtentHeader {
             && self.next_offset() == next.base_offset
             && self.first_entry + self.entry_count as u64 == next.first_entry
     }
-}
-
-/// How many of the rows may be read beside one another.
-fn small_reads(rows: &[(PartitionId, ExtentRow)]) -> usize {
-    let mut bytes = 0;
-    let fits = |(_, row): &&(PartitionId, ExtentRow)| {
-        bytes += (EXTENT_HEADER_BYTES + row.body_bytes as usize).next_multiple_of(ALIGNMENT) + ALIGNMENT;
-        bytes <= IO_BYTES_MAX
-    };
-    rows.iter().take(SMALL_READS_MAX).take_while(fits).count().max(1)
 }
 
 /// What a block takes on disk.

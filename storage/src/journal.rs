@@ -609,6 +609,21 @@ impl<I: Io, P: 'static> Journal<I, P> {
         found
     }
 
+    /// All sealed segments of the journal before `sequence` with something live in them, and their generations.
+    pub(crate) fn live_journal_before(&self, sequence: u64) -> Vec<(SegmentId, u64)> {
+        let state = self.state.borrow();
+        let all = state.segments.iter().enumerate();
+        let all = all.filter_map(|(index, segment)| Some((SegmentId(index as u32), segment.as_ref()?)));
+        all.filter(|(_, segment)| {
+            segment.role == Role::Sealed
+                && segment.kind == SegmentKind::Journal
+                && 0 < segment.live_bytes
+                && segment.last_sequence < sequence
+        })
+        .map(|(id, segment)| (id, segment.generation))
+        .collect()
+    }
+
     /// Whether these segments may be used again once nothing in them is live.
     pub(crate) fn pin(&self, segments: &[SegmentId], pinned: bool) {
         let mut state = self.state.borrow_mut();

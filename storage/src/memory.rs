@@ -4,6 +4,7 @@
 //! - **Fetched**: what was read from disk, until the last run of it is gone, and runs that were copied.
 //! - **Bookkeeping**: partitions, their ledgers, the extents of their tails.
 //! - **Index**: rows on their way to the index thread.
+//! - **Compaction**: extents that are brought together, while a pass runs.
 //! - **Staged** entries, and free buffers that wait for the next flush.
 //!
 //! The cache gives way to all others: it is what the rest leaves it, up to its own limit. What readers hold may be half of
@@ -24,6 +25,11 @@ pub(crate) const ANSWER_BYTES_PRESSED: usize = 64 << 10;
 /// Free buffers kept, and rows that may wait for the index: each this part of all memory, and no more than that.
 const SHARE_OF_BUFFERS: u64 = 16;
 const BUFFERS_BYTES_MAX: u64 = 32 << 20;
+/// What compaction may hold at a time: this part of all memory, and no more than that.
+const SHARE_OF_WINDOW: u64 = 6;
+const WINDOW_BYTES_MAX: u64 = 80 << 20;
+/// This much of it however little the others leave: else nothing would ever be brought together.
+const WINDOW_BYTES_MIN: u64 = 1 << 20;
 
 /// What the parts of a store have, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,14 +50,27 @@ pub struct MemoryFigures {
     pub bookkeeping: u64,
     /// Rows that the index does not have yet.
     pub index: u64,
+    /// Extents that compaction is about to copy.
+    pub compaction: u64,
     /// What all of them may have.
     pub limit: u64,
 }
 
 impl MemoryFigures {
     pub fn total(&self) -> u64 {
-        let MemoryFigures { staged, writing, cache, pinned, fetched, buffers, bookkeeping, index, limit: _ } = *self;
-        staged + writing + cache + pinned + fetched + buffers + bookkeeping + index
+        let MemoryFigures {
+            staged,
+            writing,
+            cache,
+            pinned,
+            fetched,
+            buffers,
+            bookkeeping,
+            index,
+            compaction,
+            limit: _,
+        } = *self;
+        staged + writing + cache + pinned + fetched + buffers + bookkeeping + index + compaction
     }
 }
 
@@ -68,6 +87,7 @@ pub(crate) struct Memory {
     index: Cell<u64>,
     /// Of them: in no batch yet.
     index_gathered: Cell<u64>,
+    compaction: Cell<u64>,
     /// Changes when readers let go of something.
     freed: Broadcast,
 }
@@ -83,6 +103,7 @@ impl Memory {
             bookkeeping: Cell::new(0),
             index: Cell::new(0),
             index_gathered: Cell::new(0),
+            compaction: Cell::new(0),
             freed: Broadcast::default(),
         }
     }
@@ -94,8 +115,28 @@ impl Memory {
 
     /// Whether `more` would be too much, with `staged` bytes waiting for a flush.
     pub(crate) fn is_over(&self, staged: u64, more: u64) -> bool {
+        self.bytes_max < self.all_but_window(staged) + self.compaction.get() + more
+    }
+
+    fn all_but_window(&self, staged: u64) -> u64 {
         let parts = self.blocks.get() + self.fetched.get() + self.bookkeeping.get() + self.index.get();
-        self.bytes_max < parts + self.buffers_bytes_max() + staged + more
+        parts + self.buffers_bytes_max() + staged
+    }
+
+    /// What compaction may hold when nobody else needs it.
+    pub(crate) fn window_bytes_max(&self) -> u64 {
+        (self.bytes_max / SHARE_OF_WINDOW).min(WINDOW_BYTES_MAX)
+    }
+
+    /// What compaction may hold now, of which the cache gives up to `cached` bytes.
+    pub(crate) fn window_bytes_left(&self, staged: u64, cached: u64) -> u64 {
+        let left = (self.bytes_max + cached).saturating_sub(self.all_but_window(staged));
+        left.max(WINDOW_BYTES_MIN).min(self.window_bytes_max())
+    }
+
+    /// What compaction holds now. One pass at a time.
+    pub(crate) fn set_window(&self, bytes: u64) {
+        self.compaction.set(bytes);
     }
 
     pub(crate) fn block_taken(&self, bytes: u64) {
@@ -187,6 +228,7 @@ impl Memory {
             buffers: self.buffers_bytes_max(),
             bookkeeping: self.bookkeeping.get(),
             index: self.index.get(),
+            compaction: self.compaction.get(),
             limit: self.bytes_max,
         }
     }
@@ -249,6 +291,26 @@ mod tests {
         memory.index_has(first);
         assert!(!memory.index_is_behind());
         assert_eq!((first, second, memory.figures(0, 0).index), (100 << 10, 20, 0));
+    }
+
+    #[test]
+    fn compaction_takes_what_the_others_leave_and_the_cache_gives() {
+        let memory = Memory::new(60 << 20);
+        assert_eq!(memory.window_bytes_max(), 10 << 20);
+        let others = memory.buffers_bytes_max() + (52 << 20);
+        memory.block_taken(52 << 20);
+        let left = (60 << 20) - others;
+        assert!(1 << 20 < left && left < 10 << 20);
+        assert_eq!(memory.window_bytes_left(0, 0), left);
+        assert_eq!(memory.window_bytes_left(1 << 20, 0), left - (1 << 20));
+        assert_eq!(memory.window_bytes_left(10 << 20, 0), 1 << 20, "a little always");
+        assert_eq!(memory.window_bytes_left(10 << 20, 30 << 20), 10 << 20);
+        memory.set_window(left);
+        assert_eq!(memory.window_bytes_left(0, 0), left, "its own does not count");
+        assert!(memory.is_over(0, 1) && !memory.is_over(0, 0));
+        memory.set_window(0);
+        assert!(!memory.is_over(0, left));
+        assert_eq!(Memory::new(1 << 20).window_bytes_left(0, 0), (1 << 20) / 6);
     }
 
     #[test]

@@ -66,7 +66,7 @@ pub struct StoreConfig {
     pub disk_reserve_bytes: u64,
     /// Whether the checksum of every batch is compared when it is read from disk.
     pub verify_reads: bool,
-    /// What compaction may copy; 0: there is none.
+    /// What compaction reads in a second; 0: there is none.
     pub compaction_bytes_per_s: u64,
     /// How often it is looked whether anything is worth compacting.
     pub compaction_interval: Duration,
@@ -428,7 +428,7 @@ pub struct StoreFigures {
     pub compactions: u64,
     /// Copied and then not wanted: deleted while it was copied.
     pub compaction_dropped_bytes: u64,
-    /// Gauge: segments that wait to be brought together.
+    /// Gauge: segments that wait to be brought together, or for somebody to look whether they are worth it.
     pub fragmented_segments: u64,
     pub memory: MemoryFigures,
     /// Entries of the damage registry, and the messages that they name.
@@ -909,7 +909,7 @@ impl<I: Io, T: 'static> Store<I, T> {
         figures.compacted_bytes = compaction.compacted_bytes;
         figures.compactions = compaction.compactions;
         figures.compaction_dropped_bytes = compaction.dropped_bytes;
-        figures.fragmented_segments = compaction.fragmented_segments;
+        figures.fragmented_segments = inner.fragmented_segments();
         (figures.damaged_ranges, figures.damaged_messages) = inner.damage.borrow().count();
         figures.journal_rolls = inner.journal.rolls();
         figures.foreign_live_bytes = inner.foreign.live_bytes();

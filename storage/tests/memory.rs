@@ -67,6 +67,7 @@ impl Seen {
             fetched: max.fetched.max(now.fetched),
             bookkeeping: max.bookkeeping.max(now.bookkeeping),
             index: max.index.max(now.index),
+            compaction: max.compaction.max(now.compaction),
             ..now
         });
         self.resident.set(self.resident.get().max(resident_bytes()));

@@ -29,6 +29,8 @@ const FRAGMENTED: &str = "drava_store_fragmented_segments";
 const QUIET: [&str; 4] = ["--storage-compaction-bytes-per-s", "0", "--storage-scrub-bytes-per-s", "0"];
 /// Options of a node that scrubs and compacts all the time, each at the rate of its default.
 const BUSY: [&str; 2] = ["--storage-scrub-interval-s", "1"];
+/// Compaction looks for work ten seconds after a start. The tail is measured from then on.
+const COMPACTING_AFTER_S: f64 = 11.0;
 /// A tail is measured so often, in turns with the one it is compared with: a hiccup of the disk decides about each alone.
 const TURNS: usize = 3;
 
@@ -167,7 +169,8 @@ impl Suite {
             let log = self.log_path();
             let options = if is_busy { &BUSY[..] } else { &QUIET[..] };
             running.restart_after_kill_with(&self.node_bin, 1, &log, options)?;
-            let load = LoadOptions { rate: Some(rate_msgs), in_flight: 1024, ..self.load(&running) };
+            let warm_up = if self.quick { self.load(&running).warm_up } else { COMPACTING_AFTER_S };
+            let load = LoadOptions { rate: Some(rate_msgs), in_flight: 1024, warm_up, ..self.load(&running) };
             let outcome = self.drive(Kind::Produce, &load)?;
             if is_busy {
                 worked += (running.metric(COMPACTED)? + running.metric(SCRUBBED)?) / self.turns() as f64;

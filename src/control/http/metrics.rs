@@ -135,7 +135,7 @@ const SHARD_FIGURES: &[ShardFigure] = &[
     bytes(counter("drava_store_compacted", "Bytes written to bring live entries together.", |s| Count(s.store.compacted_bytes))),
     counter("drava_store_compactions", "Passes of compaction.", |s| Count(s.store.compactions)),
     bytes(counter("drava_store_compaction_dropped", "Bytes brought together and deleted meanwhile.", |s| Count(s.store.compaction_dropped_bytes))),
-    gauge("drava_store_fragmented_segments", "Segments that wait to be brought together.", |s| Count(s.store.fragmented_segments)),
+    gauge("drava_store_fragmented_segments", "Segments that wait to be brought together, or to be looked at.", |s| Count(s.store.fragmented_segments)),
     counter("drava_store_journal_rolls", "Writes that failed, after which the journal went on in a fresh segment.", |s| Count(s.store.journal_rolls)),
     bytes(gauge("drava_store_memory_limit", "What the store may hold in memory: all parts of drava_store_memory_bytes.", |s| Count(s.store.memory.limit))),
     bytes(gauge("drava_receive_memory", "Memory for receiving that connections and staged entries have.", |s| Count(s.receive_bytes))),
@@ -145,7 +145,7 @@ const SHARD_FIGURES: &[ShardFigure] = &[
 type MemoryPart = (&'static str, fn(&MemoryFigures) -> u64);
 
 /// The parts of the store's memory.
-const MEMORY_PARTS: [MemoryPart; 8] = [
+const MEMORY_PARTS: [MemoryPart; 9] = [
     ("staged", |memory| memory.staged),
     ("writing", |memory| memory.writing),
     ("cache", |memory| memory.cache),
@@ -154,6 +154,7 @@ const MEMORY_PARTS: [MemoryPart; 8] = [
     ("buffers", |memory| memory.buffers),
     ("bookkeeping", |memory| memory.bookkeeping),
     ("index", |memory| memory.index),
+    ("compaction", |memory| memory.compaction),
 ];
 
 /// All that one scrape writes down.
@@ -339,6 +340,7 @@ mod tests {
                     buffers: 2006,
                     bookkeeping: 2007,
                     index: 2008,
+                    compaction: 2009,
                     limit: 1035,
                 },
                 damaged_ranges: 1037,

@@ -20,6 +20,8 @@ fn config(dir: &Path) -> StoreConfig {
         // These tests call for compaction when they want it.
         compaction_interval: Duration::from_secs(3600),
         compaction_bytes_per_s: 1 << 40,
+        // Some count reads.
+        scrub_bytes_per_s: 0,
         ..small(dir)
     }
 }
@@ -150,6 +152,7 @@ fn quiet_partitions_become_contiguous_and_stay_as_they_were() {
         let before = reads().await;
         let victims = sealed_journal(&f);
         assert!(8 <= victims.len(), "{victims:?}");
+        assert_eq!(f.store.figures().fragmented_segments, victims.len() as u64, "none was looked at");
         let live = f.store.figures().live_bytes;
         let moving = sealed(&f).iter().map(|segment| segment.live_bytes).sum::<u64>();
         assert!(f.store.compact().await.unwrap());
@@ -180,6 +183,164 @@ fn quiet_partitions_become_contiguous_and_stay_as_they_were() {
         });
         load.rounds(&f, 50, PAYLOAD).await;
         load.check(&f).await;
+        f.store.close().await;
+    });
+}
+
+/// A store with little memory.
+async fn open_little(dir: &Path, memory_bytes: u64) -> (Fixture<FaultyIo>, FaultyIo) {
+    let io = FaultyIo::new();
+    let config = StoreConfig { memory_bytes, ..config(dir) };
+    (common::open_with(io.clone(), dir, config).await, io)
+}
+
+/// What a pass over these victims reads: reads and bytes.
+async fn copied(f: &Fixture<FaultyIo>, io: &FaultyIo, victims: &[SegmentId]) -> (u64, u64) {
+    let before = (io.reads.get(), io.read_bytes.get());
+    let mut pass = Pass::new(&f.store.0, victims);
+    pass.copy().await.unwrap();
+    let read = (io.reads.get() - before.0, io.read_bytes.get() - before.1);
+    assert_eq!(pass.read_bytes, read.1, "what is read is paid");
+    pass.finish_output().await.unwrap();
+    read
+}
+
+#[test]
+fn small_extents_are_read_with_long_reads() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let (f, io) = open(dir.path()).await;
+        let mut load = Load::new(&f, 1..=50, PartitionLimits::default());
+        load.rounds(&f, 200, PAYLOAD).await;
+        cover(&f).await;
+        let victims = sealed_journal(&f);
+        let victims_bytes = victims.len() as u64 * f.store.0.config.segment_bytes;
+        assert!(4000 < rows(&f).await.len());
+        let (reads, bytes) = copied(&f, &io, &victims).await;
+        // A page that two reads need is read twice.
+        assert!(bytes <= victims_bytes + reads * ALIGNMENT as u64, "{bytes} bytes of {victims_bytes}");
+        assert!(reads <= 2 * victims_bytes / window::READ_BYTES_MAX, "{reads} reads of {bytes} bytes");
+        assert!(sealed_journal(&f).is_empty());
+        load.check(&f).await;
+        check_live_bytes(&f).await;
+        f.store.close().await;
+    });
+}
+
+#[test]
+fn victims_larger_than_a_window_are_read_some_times_over() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let (f, io) = open_little(dir.path(), 6 << 20).await;
+        let window_bytes = f.store.0.memory.window_bytes_max();
+        assert_eq!(window_bytes, 1 << 20);
+        let mut load = Load::new(&f, 1..=50, PartitionLimits::default());
+        load.rounds(&f, 200, PAYLOAD).await;
+        cover(&f).await;
+        let victims = sealed_journal(&f);
+        let victims_bytes = victims.len() as u64 * f.store.0.config.segment_bytes;
+        assert!(8 * window_bytes <= victims_bytes);
+        let live = f.store.figures().live_bytes;
+        let (_, bytes) = copied(&f, &io, &victims).await;
+        assert!(victims_bytes < bytes && bytes <= 20 * victims_bytes, "{bytes} bytes of {victims_bytes}");
+        assert_eq!(f.store.figures().live_bytes, live);
+        // Each partition is in one piece but for the ends of blocks and segments.
+        let compacted: Vec<_> = sealed(&f)
+            .iter()
+            .filter(|segment| segment.kind == SegmentKind::Compacted)
+            .map(|segment| segment.id)
+            .collect();
+        let count = rows(&f).await.iter().filter(|(_, row)| compacted.contains(&row.segment)).count();
+        assert!((50..=250).contains(&count), "{count} extents");
+        load.check(&f).await;
+        check_live_bytes(&f).await;
+        f.store.close().await;
+    });
+}
+
+#[test]
+fn a_window_counts_while_a_pass_runs_and_no_longer() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let (f, io) = open_little(dir.path(), 6 << 20).await;
+        let held = || f.store.figures().memory.compaction;
+        let mut load = Load::new(&f, 1..=20, PartitionLimits::default());
+        load.rounds(&f, 150, PAYLOAD).await;
+        cover(&f).await;
+        let victims = sealed_journal(&f);
+        let mut pass = Pass::new(&f.store.0, &victims);
+        assert_eq!(held(), 0);
+        pass.copy().await.unwrap();
+        let memory = f.store.figures().memory;
+        assert!(0 < held() && held() <= f.store.0.memory.window_bytes_max(), "{memory:?}");
+        assert!(memory.total() <= memory.limit, "{memory:?}");
+        drop(pass);
+        assert_eq!(held(), 0);
+        // A pass that fails.
+        io.writes_left.set(Some(3));
+        assert!(matches!(f.store.compact().await, Err(CompactError::Write { .. })));
+        io.writes_left.set(None);
+        assert_eq!(held(), 0);
+        assert!(0 < f.store.figures().fragmented_segments, "they still wait");
+        f.store.compact().await.unwrap();
+        assert_eq!((held(), f.store.figures().fragmented_segments), (0, 0));
+        load.check(&f).await;
+        check_live_bytes(&f).await;
+        f.store.close().await;
+    });
+}
+
+#[test]
+fn an_extent_larger_than_a_window_is_moved_too() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let (f, io) = open_little(dir.path(), 2 << 20).await;
+        let large = 400_000;
+        assert!(f.store.0.memory.window_bytes_max() < large as u64);
+        let mut kept = Load::new(&f, 1..=1, PartitionLimits::default());
+        let mut small = Load::new(&f, 2..=9, PartitionLimits::default());
+        for _ in 0..10 {
+            kept.rounds(&f, 1, large).await;
+            small.rounds(&f, 2, PAYLOAD).await;
+        }
+        cover(&f).await;
+        let victims = sealed_journal(&f);
+        copied(&f, &io, &victims).await;
+        assert!(sealed_journal(&f).is_empty());
+        kept.check(&f).await;
+        small.check(&f).await;
+        check_live_bytes(&f).await;
+        f.store.close().await;
+    });
+}
+
+#[test]
+fn a_lost_page_costs_its_own_extents_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let (f, io) = open(dir.path()).await;
+        let mut load = Load::new(&f, 1..=20, PartitionLimits::default());
+        load.rounds(&f, 150, PAYLOAD).await;
+        cover(&f).await;
+        let (_, lost) =
+            rows(&f).await.into_iter().find(|(id, row)| *id == PartitionId(9) && 40 < row.first_offset).unwrap();
+        let page = lost.position & !(ALIGNMENT as u64 - 1);
+        *io.lost_page.borrow_mut() = Some((segment::path(&f.store.0.config.dir, lost.segment), page));
+        let in_page = |row: &ExtentRow| {
+            let end = row.position + EXTENT_HEADER_BYTES as u64 + u64::from(row.body_bytes);
+            row.segment == lost.segment && row.position < page + ALIGNMENT as u64 && page < end
+        };
+        let expected: Vec<_> = rows(&f).await.into_iter().filter(|(_, row)| in_page(row)).collect();
+        assert!((1..=6).contains(&expected.len()), "{expected:?}");
+        assert!(f.store.compact().await.unwrap());
+        assert_eq!(sealed_journal(&f), [lost.segment]);
+        let left: Vec<_> = rows(&f).await.into_iter().filter(|(_, row)| row.segment == lost.segment).collect();
+        assert_eq!(left, expected, "its neighbours were moved");
+        // The page comes back: an error of the disk is not yet damage.
+        *io.lost_page.borrow_mut() = None;
+        assert!(f.store.damage().is_empty(), "{:?}", f.store.damage());
+        load.check(&f).await;
+        check_live_bytes(&f).await;
         f.store.close().await;
     });
 }
@@ -368,6 +529,8 @@ fn damage_stays_where_it_is_and_is_reported() {
         let victims = sealed_journal(&f);
         assert!(f.store.compact().await.unwrap());
         assert_eq!(sealed_journal(&f), [hurt.segment], "of {victims:?} the damaged one stays");
+        let left: Vec<_> = rows(&f).await.into_iter().filter(|(_, row)| row.segment == hurt.segment).collect();
+        assert_eq!(left, [(PartitionId(9), hurt)], "its neighbours were read with it and moved");
         let listed = f.store.damage();
         assert_eq!(listed.len(), 1, "{listed:?}");
         assert_eq!(listed[0].found_by, FoundBy::Compaction);
@@ -500,21 +663,25 @@ fn facts(live_percent: &[u64]) -> Vec<SealedSegment> {
 #[test]
 fn garbage_is_chosen_by_what_it_wins() {
     let live = |segment: &SealedSegment| Found { live_bytes: segment.live_bytes, reads: 1, doomed_bytes: 0 };
-    let chosen =
-        |percents: &[u64]| choose_garbage(&facts(percents), live, 50).iter().map(|id| id.0).collect::<Vec<_>>();
+    let chosen_of = |percents: &[u64], live_bytes_max| {
+        choose_garbage(&facts(percents), live, 50, live_bytes_max).iter().map(|id| id.0).collect::<Vec<_>>()
+    };
+    let chosen = |percents: &[u64]| chosen_of(percents, u64::MAX);
     assert_eq!(chosen(&[]), [0u32; 0]);
     assert_eq!(chosen(&[100, 60, 51]), [0u32; 0]);
     assert_eq!(chosen(&[10, 10]), [0u32; 0], "one segment is won: not enough");
     assert_eq!(chosen(&[10, 100, 20, 50]), [0, 2, 3], "the emptiest first");
     assert_eq!(chosen(&[50; 12]).len(), VICTIMS_MAX);
+    assert_eq!(chosen_of(&[50; 12], 250).len(), 5, "no more than is read well at a time");
+    assert_eq!(chosen_of(&[50; 12], 1).len(), 4, "but what it takes to win enough");
     let doomed = |segment: &SealedSegment| Found { doomed_bytes: segment.live_bytes, ..live(segment) };
-    assert_eq!(choose_garbage(&facts(&[10; 8]), doomed, 50), [], "retention takes the rest soon");
+    assert_eq!(choose_garbage(&facts(&[10; 8]), doomed, 50, u64::MAX), [], "retention takes the rest soon");
 }
 
 #[test]
 fn a_short_run_of_fragments_waits_for_more_or_for_quiet() {
     let lengths = |count: usize, quiet| {
-        fragment_passes(&facts(&vec![100; count]), quiet).iter().map(Vec::len).collect::<Vec<_>>()
+        fragment_passes(&facts(&vec![100; count]), quiet, 1000).iter().map(Vec::len).collect::<Vec<_>>()
     };
     assert_eq!(lengths(0, true), [0usize; 0]);
     assert_eq!(lengths(7, false), [0usize; 0]);
@@ -523,5 +690,8 @@ fn a_short_run_of_fragments_waits_for_more_or_for_quiet() {
     assert_eq!(lengths(19, true), [8, 8, 3]);
     let mut large = facts(&[100; 3]);
     large.iter_mut().for_each(|segment| segment.bytes = 300 << 20);
-    assert_eq!(fragment_passes(&large, true).iter().map(Vec::len).collect::<Vec<_>>(), [1, 1, 1], "bounded in bytes");
+    let bounded = |bytes_max, quiet| fragment_passes(&large, quiet, bytes_max).iter().map(Vec::len).collect::<Vec<_>>();
+    assert_eq!(bounded(512 << 20, true), [1, 1, 1], "bounded in bytes");
+    assert_eq!(bounded(1, false), [1, 1, 1], "a pass has one at least");
+    assert_eq!((bounded(600 << 20, true), bounded(600 << 20, false)), (vec![2, 1], vec![2]));
 }

@@ -3,7 +3,7 @@
 
 use std::cell::RefCell;
 use std::future::Future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -183,8 +183,11 @@ pub struct FaultyIo {
     pub writes_left: Rc<std::cell::Cell<Option<u32>>>,
     /// Seed of what is left of the writes that fail: all, some or nothing. `None`: nothing.
     pub tear: Rc<std::cell::Cell<Option<u64>>>,
-    /// Reads of segments so far.
+    /// Reads of segments so far, and what they asked for.
     pub reads: Rc<std::cell::Cell<u64>>,
+    pub read_bytes: Rc<std::cell::Cell<u64>>,
+    /// A page of a file that cannot be read any more.
+    pub lost_page: Rc<RefCell<Option<(PathBuf, u64)>>>,
     /// Writes that fail before the disk is well again.
     pub failures_left: Rc<std::cell::Cell<u32>>,
     /// What the disk says it has left. `None`: the truth.
@@ -198,13 +201,15 @@ impl FaultyIo {
             writes_left: Rc::default(),
             tear: Rc::default(),
             reads: Rc::default(),
+            read_bytes: Rc::default(),
+            lost_page: Rc::default(),
             failures_left: Rc::default(),
             free_bytes: Rc::default(),
         }
     }
 
-    fn file(&self, file: <GlommioIo as Io>::File) -> FaultyFile {
-        FaultyFile { file, io: self.clone() }
+    fn file(&self, path: &Path, file: <GlommioIo as Io>::File) -> FaultyFile {
+        FaultyFile { path: path.to_owned(), file, io: self.clone() }
     }
 }
 
@@ -217,6 +222,7 @@ pub fn random(seed: &mut u64) -> u64 {
 }
 
 pub struct FaultyFile {
+    path: PathBuf,
     file: <GlommioIo as Io>::File,
     io: FaultyIo,
 }
@@ -230,18 +236,18 @@ impl Io for FaultyIo {
     }
 
     async fn open(&self, path: &Path) -> std::io::Result<FaultyFile> {
-        Ok(self.file(self.disk.open(path).await?))
+        Ok(self.file(path, self.disk.open(path).await?))
     }
 
     async fn create(&self, path: &Path, bytes: u64) -> std::io::Result<FaultyFile> {
-        Ok(self.file(self.disk.create(path, bytes).await?))
+        Ok(self.file(path, self.disk.create(path, bytes).await?))
     }
 
     async fn create_dir(&self, path: &Path) -> std::io::Result<()> {
         self.disk.create_dir(path).await
     }
 
-    async fn list(&self, dir: &Path) -> std::io::Result<Vec<(std::path::PathBuf, u64)>> {
+    async fn list(&self, dir: &Path) -> std::io::Result<Vec<(PathBuf, u64)>> {
         self.disk.list(dir).await
     }
 
@@ -312,6 +318,12 @@ impl drava_storage::io::File for FaultyFile {
 
     async fn read_once(&self, position: u64, bytes: usize) -> std::io::Result<Self::Read> {
         self.io.reads.set(self.io.reads.get() + 1);
+        self.io.read_bytes.set(self.io.read_bytes.get() + bytes as u64);
+        let is_lost =
+            |(path, page): &(PathBuf, u64)| *path == self.path && (position..position + bytes as u64).contains(page);
+        if self.io.lost_page.borrow().as_ref().is_some_and(is_lost) {
+            return Err(std::io::Error::from_raw_os_error(5));
+        }
         self.file.read_once(position, bytes).await
     }
 
@@ -349,7 +361,7 @@ impl FaultyFile {
 }
 
 /// The segments of the shard, by name.
-pub fn segment_files(dir: &Path) -> Vec<std::path::PathBuf> {
+pub fn segment_files(dir: &Path) -> Vec<PathBuf> {
     let mut files: Vec<_> = std::fs::read_dir(dir.join("shard")).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
     files
@@ -366,7 +378,7 @@ pub fn flip(path: &Path, position: u64) {
 }
 
 /// Position and file of every item of the given kind in all segments, in the order of blocks.
-pub fn items(dir: &Path, pick: impl Fn(&drava_storage::dump::ItemKind) -> bool) -> Vec<(std::path::PathBuf, u64)> {
+pub fn items(dir: &Path, pick: impl Fn(&drava_storage::dump::ItemKind) -> bool) -> Vec<(PathBuf, u64)> {
     let mut found = Vec::new();
     for path in segment_files(dir) {
         let mut sequence = 0;
