@@ -81,12 +81,17 @@ impl Character {
 fn store_config(random: &Random) -> StoreConfig {
     let block_bytes_max = *random.pick(&[8 << 10, 16 << 10, 32 << 10]);
     let segment_bytes = (*random.pick(&[36u64 << 10, 64 << 10, 128 << 10])).max(2 * block_bytes_max as u64 + 4096);
+    let flushes_in_flight_max = *random.pick(&[1, 2, 4]);
+    // Little enough now and then that readers wait for each other and compaction takes several turns.
+    let memory_bytes_min = 4 * flushes_in_flight_max as u64 * block_bytes_max as u64;
+    let memory_bytes = *random.pick(&[StoreConfig::default().memory_bytes, memory_bytes_min.max(128 << 10)]);
     StoreConfig {
+        memory_bytes,
         segment_bytes,
         segments_spare: random.below(3) as usize,
         block_bytes_max,
         flush_bytes_min: *random.pick(&[1, 4 << 10, 16 << 10]),
-        flushes_in_flight_max: *random.pick(&[1, 2, 4]),
+        flushes_in_flight_max,
         cache_bytes: *random.pick(&[0, 16 << 10, 256 << 10]),
         read_ahead_bytes: *random.pick(&[16 << 10, 256 << 10]),
         ledger_bytes_max: *random.pick(&[4 << 10, 16 << 10, 64 << 10]),
@@ -144,6 +149,8 @@ pub struct Run {
     damaged_open: Cell<bool>,
     builder: RefCell<Builder>,
     pub crashes: Cell<u64>,
+    /// The node that runs now.
+    open: RefCell<Option<Rc<Session>>>,
     /// The store is being closed: reads that are under way end with an error.
     closing: Cell<bool>,
 }
@@ -237,6 +244,7 @@ impl Run {
             damaged_open: Cell::new(false),
             builder: RefCell::new(Builder::new(8 << 20)),
             crashes: Cell::new(0),
+            open: RefCell::default(),
             closing: Cell::new(false),
             world,
         })
@@ -276,6 +284,10 @@ impl Run {
         let power = world.random.one_in(2);
         world.event(format_args!("{end:?}, power fails: {power}"));
         self.crashes.set(self.crashes.get() + u64::from(end != End::Sealed));
+        if let Some(session) = self.open.take() {
+            // What retention has taken by now is known to be gone, whatever becomes of the row that says so.
+            session.check_spans();
+        }
         world.executor.kill_all();
         if power {
             world.disk.lose_power(&world.random);
@@ -474,6 +486,7 @@ async fn try_open(run: &Rc<Run>) -> Result<Rc<Session>, Box<dyn std::error::Erro
         store.start(Rc::new(RefCell::new(Sink { run: run.clone(), shard })));
     }
     dropped.into_iter().for_each(|(id, place)| session.delete(id, place));
+    run.open.replace(Some(session.clone()));
     Ok(session)
 }
 

@@ -113,6 +113,14 @@ pub(crate) struct JournalEnd {
     pub(crate) previous_crc: u32,
 }
 
+impl JournalEnd {
+    /// A new journal ends nowhere, and one of a store that follows others goes on behind their generations all the same. A
+    /// segment of generation 0 was made and not used: the node died before its header was written.
+    pub(crate) fn names_a_segment(&self) -> bool {
+        0 < self.generation && segment::HEADER_BYTES <= self.position
+    }
+}
+
 /// Where a block goes and what its header says.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Placement {
@@ -219,8 +227,8 @@ impl<I: Io, P: 'static> Journal<I, P> {
         let mut active = None;
         if let Some(end) = end {
             let slot = segments.get_mut(end.segment.0 as usize).and_then(Option::as_mut);
-            // Generation 0 is a segment that was made and not used: the node died before its header was written.
-            if let Some(segment) = slot.filter(|segment| 0 < end.generation && segment.generation == end.generation) {
+            if let Some(segment) = slot.filter(|segment| end.names_a_segment() && segment.generation == end.generation)
+            {
                 segment.role = Role::Active;
                 active = Some((end.segment, end.position));
             }

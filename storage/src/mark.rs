@@ -37,9 +37,26 @@ impl<I: Io, T: 'static> Inner<I, T> {
 
     /// Writes a mark if one is wanted and nothing else is to be written.
     pub(crate) fn start_mark(&self) -> bool {
-        if !self.mark_wanted.take() || !self.staging.borrow().is_empty() || !self.journal.wants_mark() {
+        self.mark_wanted.take() && self.staging.borrow().is_empty() && self.journal.wants_mark() && self.place_mark()
+    }
+
+    /// Begins a journal that has nothing to say, and waits until that is durable: whoever reads it without an index must
+    /// not take the first block of a burst that he finds for the first of all. `false`: it was not written.
+    pub(crate) async fn begin_with_mark(&self) -> bool {
+        let rolls = self.journal.rolls();
+        if !self.place_mark() {
             return false;
         }
+        loop {
+            let version = self.progress.version();
+            if self.journal.in_flight() == 0 {
+                return !self.journal.is_failed() && self.journal.rolls() == rolls;
+            }
+            self.progress.changed(version).await;
+        }
+    }
+
+    fn place_mark(&self) -> bool {
         // On a full disk the room is left to those who need it.
         if !self.journal.has_room((ALIGNMENT + self.config.block_bytes_max) as u64) {
             return false;

@@ -56,7 +56,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
     let loaded = index.load().await?;
     let known = |id: SegmentId| {
         let found = loaded.segments.iter().find(|(segment, row)| *segment == id && 0 < row.live_bytes);
-        let active = loaded.covered.filter(|covered| covered.end.segment == id && 0 < covered.end.generation);
+        let active = loaded.covered.filter(|covered| covered.end.segment == id && covered.end.names_a_segment());
         let active = active.map(|covered| (covered.end.generation, SegmentKind::Journal));
         active.or(found.map(|(_, row)| (row.generation, row.kind)))
     };

@@ -283,19 +283,20 @@ pub(crate) async fn replay<I: Io>(
     }
     let mut chain = Chain { sequence: start.map(|start| start.next_sequence), crc: start.map(|s| s.previous_crc) };
     let mut position = start
-        .filter(|start| order[at] == (start.generation, start.segment))
+        .filter(|start| start.names_a_segment() && order[at] == (start.generation, start.segment))
         .map_or(segment::HEADER_BYTES, |start| start.position);
     let mut reader = Reader::open(io, dir, segments, order[at], shard).await?;
     let mut block = Parsed::default();
     let mut stale = Vec::new();
-    let mut next_position = None;
+    let mut detour: Option<Detour> = None;
     // The highest that a block was taken up to, with its segment in the order.
     let mut taken = (at, 0);
     // Without an index any block fits at the start: a copy that a misdirected write left there would hide those before it.
     let lowest = if start.is_none() { lowest_sequence(&mut reader, &mut block).await? } else { None };
     loop {
-        // Without an index, a segment counts for nothing when the very first write to the journal failed in it.
-        if let Some(next) = taken_over(segments, &order[at..], chain.sequence.unwrap_or(1)) {
+        // Without an index, a segment counts for nothing when the very first write to the journal failed in it. Nor does one
+        // whose first write failed: it takes over and is taken over, with the same block.
+        while let Some(next) = taken_over(segments, &order[at..], chain.sequence.unwrap_or(1)) {
             chain = Chain { sequence: chain.sequence.or(Some(1)), crc: chain.sequence.map_or(Some(0), |_| chain.crc) };
             // Nothing more of this segment counts: the journal went on in another, with this block.
             reader.sync().await?;
@@ -347,7 +348,9 @@ pub(crate) async fn replay<I: Io>(
                 let claimed = start_position..position;
                 position = next_within(&mut reader, claimed, &header).await?.unwrap_or(position);
             }
-            position = next_position.take().unwrap_or(position);
+            if let Some(back) = detour.take_if(|detour| detour.behind <= header.id.sequence) {
+                position = if back.behind == header.id.sequence { back.position } else { position };
+            }
             visitor.pause().await?;
             continue;
         };
@@ -382,7 +385,7 @@ pub(crate) async fn replay<I: Io>(
             }
             break;
         };
-        next_position = later.next_position;
+        detour = later.detour;
         let jump = later.at != at;
         if !jump || problem == Misfit::Damaged || start.is_some() {
             let end_position = match (jump, later.position == position) {
@@ -727,8 +730,15 @@ struct Later {
     damaged: bool,
     /// It was never acknowledged: the journal ends here, and this sequence is the next.
     ends: Option<u64>,
-    /// It is a copy: where the next block lies in the same segment.
-    next_position: Option<u64>,
+    /// It is a copy, or the first of several: where the journal goes on in the same segment.
+    detour: Option<Detour>,
+}
+
+/// Behind the block of this sequence the next one lies at this position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Detour {
+    behind: u64,
+    position: u64,
 }
 
 /// What was found behind a bad block.
@@ -784,6 +794,26 @@ impl Search {
         self.next_positions(later).any(|position| position == later.position + later.block_bytes)
     }
 
+    /// Where copies end, and where what they are copies of went on: the originals may be gone, and what was behind them is not.
+    fn detour(&self, best: &Later) -> Option<Detour> {
+        let mut last = best;
+        loop {
+            let end = last.position + last.block_bytes;
+            let mut next = self.next_positions(last).peekable();
+            next.peek()?;
+            if !next.any(|position| position == end) {
+                break;
+            }
+            let is_next =
+                |block: &&Later| (block.at, block.position, block.sequence) == (last.at, end, last.sequence + 1);
+            last = self.seen.iter().find(is_next)?;
+        }
+        // Whoever searches behind the last of several copies finds what lies behind them, and not what lies before.
+        let single = last.position == best.position;
+        let position = self.next_positions(last).find(|position| single || *position < best.position)?;
+        Some(Detour { behind: last.sequence, position })
+    }
+
     /// Whether that was durable, as far as anybody can tell.
     fn is_settled(&self, best: &Later) -> bool {
         // In a rebuild, segments before this one may have been used again: then nothing is missing here.
@@ -797,8 +827,7 @@ impl Search {
         let places = |later: &Later| (later.at, later.position);
         let Some(best) = self.best() else { return Found::default() };
         if self.is_settled(&best) {
-            let next_position = if self.leads_on(&best) { None } else { self.next_positions(&best).next() };
-            return Found { later: Some(Later { next_position, ..best }), stale: Vec::new() };
+            return Found { later: Some(Later { detour: self.detour(&best), ..best }), stale: Vec::new() };
         }
         if self.durable < self.expected() {
             return Found { later: None, stale: self.seen.iter().map(places).collect() };
@@ -840,10 +869,14 @@ async fn find_later<I: Io>(
             previous_crc: 0,
             damaged: false,
             ends: None,
-            next_position: None,
+            detour: None,
         };
         search.take(goes_on, sequence - 1);
     }
+    // So were those before a cut in a segment that is read later.
+    let cuts = segments.iter().flatten().flat_map(|segment| &segment.cuts);
+    let behind = cuts.filter(|cut| order[at].0 < cut.generation).map(|cut| cut.sequence.saturating_sub(1));
+    search.durable = behind.fold(search.durable, u64::max);
     let shard = reader.shard;
     let mut block = Parsed::default();
     let mut other;
@@ -876,7 +909,7 @@ async fn find_later<I: Io>(
                 previous_crc,
                 damaged,
                 ends: None,
-                next_position: None,
+                detour: None,
             };
             search.take(later, durable_sequence);
             // What a block claims whose batches are bad may belong to another.

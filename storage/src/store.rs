@@ -876,8 +876,11 @@ impl<I: Io, T: 'static> Store<I, T> {
         sealed
     }
 
-    /// Repeats in the journal what the index has, so that it can be made anew from there. `false`: it is not whole.
-    pub(crate) async fn write_checkpoint(&self) -> bool {
+    /// Begins a journal with what the index has, so that it can be made anew from there. `false`: it is not whole.
+    pub(crate) async fn begin_journal(&self) -> bool {
+        if self.0.partitions.borrow().by_id.is_empty() {
+            return self.0.begin_with_mark().await;
+        }
         self.0.write_checkpoint().await.is_some()
     }
 

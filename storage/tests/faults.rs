@@ -128,6 +128,36 @@ fn copies_that_a_misdirected_write_left_cost_what_they_lie_on() {
 }
 
 #[test]
+fn behind_copies_whose_originals_are_gone_the_journal_goes_on_where_it_did() {
+    for (from, to) in [(1..3, 5), (0..2, 5), (1..2, 6)] {
+        let dir = tempfile::tempdir().unwrap();
+        write_blocks(dir.path(), 8);
+        let blocks = items(dir.path(), is_block);
+        let (path, first) = &blocks[0];
+        let at = |block: usize| *first as usize + 4096 * block;
+        let mut bytes = std::fs::read(path).unwrap();
+        bytes.copy_within(at(from.start)..at(from.end), at(to));
+        bytes[at(from.start)..at(from.end)].fill(0);
+        std::fs::write(path, &bytes).unwrap();
+        // The copies stand for what they are copies of.
+        let gone = to as u64..(to + from.len()) as u64;
+        let expected: Vec<_> = (0..8).filter(|offset| !gone.contains(offset)).map(|offset| (offset, offset)).collect();
+        for lost in [false, true] {
+            if lost {
+                std::fs::remove_dir_all(dir.path().join("index")).unwrap();
+            }
+            run(async {
+                let f = open(dir.path(), small(dir.path())).await;
+                let (batches, damaged) = f.read_all(slot(&f, 1), 0).await;
+                assert_eq!(batches, expected, "blocks {from:?} strayed to {to}, index lost: {lost}");
+                assert_eq!(damaged, std::slice::from_ref(&gone), "blocks {from:?} strayed to {to}, index lost: {lost}");
+                f.store.close().await;
+            });
+        }
+    }
+}
+
+#[test]
 fn a_segment_whose_file_was_cut_is_told() {
     let dir = tempfile::tempdir().unwrap();
     write_blocks(dir.path(), 6);
@@ -310,6 +340,41 @@ fn a_journal_that_rolled_and_wrote_nothing_goes_on_behind_the_cut() {
             f.append(slot, seed, 1, 100);
             f.flushed(1).await;
             let expected: Vec<_> = [0].into_iter().chain(5..=seed).enumerate().map(|(o, s)| (o as u64, s)).collect();
+            assert_eq!(f.read_all(slot, 0).await, (expected, vec![]));
+            f.store.close().await;
+        });
+    }
+}
+
+/// The segment that took over is taken over itself, with the same block.
+#[test]
+fn a_journal_that_failed_again_before_it_wrote_goes_on_behind_both_cuts() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = StoreConfig { segments_spare: 0, ..small(dir.path()) };
+    run(async {
+        let io = FaultyIo::new();
+        let f = open_with(io.clone(), dir.path(), config.clone()).await;
+        let slot = slot(&f, 1);
+        f.append(slot, 0, 1, 100);
+        f.flushed(1).await;
+        for round in 1..3 {
+            fail_a_write(&f, &io, slot, round..round + 1).await;
+            while f.store.figures().journal_rolls < round || f.store.figures().segments_spare == 0 {
+                drava_runtime::time::sleep(std::time::Duration::from_millis(1)).await;
+            }
+        }
+        f.store.close().await;
+    });
+    for (seed, lost) in [(7, true), (8, false), (9, true)] {
+        if lost {
+            std::fs::remove_dir_all(dir.path().join("index")).unwrap();
+        }
+        run(async {
+            let f = open(dir.path(), config.clone()).await;
+            let slot = slot(&f, 1);
+            f.append(slot, seed, 1, 100);
+            f.flushed(1).await;
+            let expected: Vec<_> = [0].into_iter().chain(7..=seed).enumerate().map(|(o, s)| (o as u64, s)).collect();
             assert_eq!(f.read_all(slot, 0).await, (expected, vec![]));
             f.store.close().await;
         });

@@ -346,6 +346,31 @@ fn a_lost_index_is_made_anew_from_the_new_stores_alone() {
     });
 }
 
+/// Its index names no segment yet: what it says of generations must not be taken for a place to write to.
+#[test]
+fn a_new_store_whose_header_is_lost_before_its_first_message_keeps_what_is_written_then() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let mut node = Node::new(dir.path(), 1);
+        node.ids = 1..2;
+        node.open().await;
+        node.write(3).await;
+        node.stop(true).await;
+        node.layout = node.prepare(2).await.0;
+        let empty = node.store_dir(node.layout.stores[1]);
+        let segment = std::fs::read_dir(&empty).unwrap().next().unwrap().unwrap().path();
+        let file = std::fs::OpenOptions::new().write(true).open(segment).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[0xff; 4096], 0).unwrap();
+        node.ids = 1..3;
+        node.open().await;
+        node.write(3).await;
+        node.stop(false).await;
+        std::fs::remove_dir_all(dir.path().join("index")).unwrap();
+        node.open_with_holders(None).await;
+        node.stop(true).await;
+    });
+}
+
 #[test]
 fn what_follows_from_replayed_batches_is_kept_though_they_are_not_replayed_again() {
     let dir = tempfile::tempdir().unwrap();
