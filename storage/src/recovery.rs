@@ -734,6 +734,14 @@ struct Later {
     detour: Option<Detour>,
 }
 
+impl Later {
+    /// Whether the other lies behind this one and is known to be the next.
+    fn is_followed_by(&self, next: &Later) -> bool {
+        (next.at, next.position) == (self.at, self.position + self.block_bytes)
+            && (next.sequence, next.previous_crc) == (self.sequence + 1, self.crc)
+    }
+}
+
 /// Behind the block of this sequence the next one lies at this position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Detour {
@@ -794,24 +802,24 @@ impl Search {
         self.next_positions(later).any(|position| position == later.position + later.block_bytes)
     }
 
-    /// Where copies end, and where what they are copies of went on: the originals may be gone, and what was behind them is not.
+    /// Where to go on behind `best` and what follows it, when that is not behind it: they are copies then, and what they are
+    /// copies of lay before them. Whoever searches behind them would not find what comes next there.
     fn detour(&self, best: &Later) -> Option<Detour> {
         let mut last = best;
-        loop {
-            let end = last.position + last.block_bytes;
-            let mut next = self.next_positions(last).peekable();
-            next.peek()?;
-            if !next.any(|position| position == end) {
-                break;
-            }
-            let is_next =
-                |block: &&Later| (block.at, block.position, block.sequence) == (last.at, end, last.sequence + 1);
-            last = self.seen.iter().find(is_next)?;
+        while let Some(next) = self.seen.iter().find(|block| last.is_followed_by(block)) {
+            last = next;
         }
-        // Whoever searches behind the last of several copies finds what lies behind them, and not what lies before.
         let single = last.position == best.position;
-        let position = self.next_positions(last).find(|position| single || *position < best.position)?;
+        let linked = self.next_positions(last).find(|position| single || *position < best.position);
+        let position = linked.or_else(|| self.passed_by(best, last))?;
         Some(Detour { behind: last.sequence, position })
+    }
+
+    /// The block that comes next after `last` of all that are known, if it lies before `best`.
+    fn passed_by(&self, best: &Later, last: &Later) -> Option<u64> {
+        let comes = self.seen.iter().filter(|block| block.at == last.at && last.sequence < block.sequence);
+        let next = comes.min_by_key(|block| (block.sequence, block.position < best.position))?;
+        (next.position < best.position).then_some(next.position)
     }
 
     /// Whether that was durable, as far as anybody can tell.

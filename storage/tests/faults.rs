@@ -158,6 +158,31 @@ fn behind_copies_whose_originals_are_gone_the_journal_goes_on_where_it_did() {
 }
 
 #[test]
+fn what_lies_before_a_copy_is_not_passed_by_though_nothing_links_to_it() {
+    let dir = tempfile::tempdir().unwrap();
+    write_blocks(dir.path(), 12);
+    let blocks = items(dir.path(), is_block);
+    let (path, first) = &blocks[0];
+    let at = |block: usize| *first as usize + 4096 * block;
+    let mut bytes = std::fs::read(path).unwrap();
+    bytes.copy_within(at(0)..at(2), at(8));
+    bytes[at(1)..at(4)].fill(0);
+    std::fs::write(path, &bytes).unwrap();
+    let expected: Vec<_> = [0, 1, 4, 5, 6, 7, 10, 11].map(|offset| (offset, offset)).to_vec();
+    for lost in [false, true] {
+        if lost {
+            std::fs::remove_dir_all(dir.path().join("index")).unwrap();
+        }
+        run(async {
+            let f = open(dir.path(), small(dir.path())).await;
+            let (batches, damaged) = f.read_all(slot(&f, 1), 0).await;
+            assert_eq!((batches, damaged), (expected.clone(), vec![2..4, 8..10]), "index lost: {lost}");
+            f.store.close().await;
+        });
+    }
+}
+
+#[test]
 fn a_segment_whose_file_was_cut_is_told() {
     let dir = tempfile::tempdir().unwrap();
     write_blocks(dir.path(), 6);
