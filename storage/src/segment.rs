@@ -96,12 +96,13 @@ pub fn decode(bytes: &[u8]) -> Result<Option<SegmentHeader>, SegmentError> {
     if h[0..4] != MAGIC {
         return Err(SegmentError::Magic);
     }
+    // Before the version: one that is damaged is not another's, and the rest of the store opens.
+    if crc32c::crc32c(&h[..CHECKED_BYTES]) != u32::from_le_bytes([h[28], h[29], h[30], h[31]]) {
+        return Err(SegmentError::Checksum);
+    }
     let version = u16::from_le_bytes([h[4], h[5]]);
     if version != VERSION {
         return Err(SegmentError::Version(version));
-    }
-    if crc32c::crc32c(&h[..CHECKED_BYTES]) != u32::from_le_bytes([h[28], h[29], h[30], h[31]]) {
-        return Err(SegmentError::Checksum);
     }
     let kind = SegmentKind::from_byte(h[20]).ok_or(SegmentError::Kind(h[20]))?;
     let mut generation = [0; 8];
@@ -213,5 +214,24 @@ mod tests {
         let crc = crc32c::crc32c(&bytes[..CHECKED_BYTES]);
         bytes[28..32].copy_from_slice(&crc.to_le_bytes());
         assert_eq!(decode(&bytes), Err(SegmentError::Kind(2)));
+    }
+
+    #[test]
+    fn a_damaged_version_is_not_another_version() {
+        let header = SegmentHeader {
+            shard: ShardId(3),
+            segment: SegmentId(7),
+            generation: 9,
+            kind: SegmentKind::Journal,
+            bytes: 1 << 20,
+        };
+        let mut bytes = vec![0; HEADER_BYTES as usize];
+        encode(&header, &mut bytes);
+        assert_eq!(decode(&bytes), Ok(Some(header)));
+        bytes[5] ^= 0x20;
+        assert_eq!(decode(&bytes), Err(SegmentError::Checksum));
+        let crc = crc32c::crc32c(&bytes[..CHECKED_BYTES]);
+        bytes[28..32].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!(decode(&bytes), Err(SegmentError::Version(0x2001)));
     }
 }

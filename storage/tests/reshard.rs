@@ -319,7 +319,7 @@ fn a_lost_index_is_made_anew_from_the_new_stores_alone() {
     run(async {
         let mut node = Node::new(dir.path(), 2);
         node.open().await;
-        node.write(10).await;
+        node.write(12).await;
         node.trim(PartitionId(2)).await;
         node.stop(false).await;
         for shards in [3, 2] {
@@ -332,7 +332,7 @@ fn a_lost_index_is_made_anew_from_the_new_stores_alone() {
                 node.open_with_holders(None).await;
                 if round == 0 {
                     node.write(5).await;
-                    node.trim(PartitionId(7)).await;
+                    node.trim(PartitionId(2 + u64::from(shards))).await;
                     node.delete(PartitionId(10 - u64::from(shards))).await;
                     node.ids = 1..7;
                 }
