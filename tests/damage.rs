@@ -129,7 +129,13 @@ fn prepare(stopped: &Path, killed: &Path) -> Published {
     expect!(owner.call(&subscribe).unwrap(), Subscribed);
     expect!(owner.call(&Ack { consumer: 1, offset: 100 }).unwrap(), Done);
     drop(owner);
-    // Something behind the messages: the last record of a log is the one whose damage nobody can tell from a torn write.
+    // Something behind the messages: the last record of a log is the one whose damage nobody can tell from a torn write. And
+    // more than the index waits for: until it knows of a segment, nothing but the file says that there is one.
+    let behind = node.connect().topic("behind", TopicPolicy::default());
+    let mut wire = node.connect_owner(&behind, 0);
+    for _ in 0..40 {
+        wire.publish(behind.partitions[0].partition, &batch_of(&Seal::default(), &[vec![b'b'; 100_000]]));
+    }
     for name in ["last", "very-last"] {
         let topic = node.connect().topic(name, TopicPolicy::default());
         node.connect_owner(&topic, 0).publish(topic.partitions[0].partition, &batch_of(&Seal::default(), &["end"]));
