@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::ops::Range;
+
 use common::{FaultyIo, Fixture, flip, items, open, open_with, run, segment_files, small};
 use drava_protocol::{PartitionId, batch};
 use drava_storage::dump::ItemKind;
@@ -102,20 +104,28 @@ fn a_later_block_in_the_place_of_another_is_damage_and_no_end() {
     }
 }
 
+/// Writes `count` blocks of a page each. A misdirected write then left copies of the blocks `from` at the block `to`, and the
+/// blocks `zeroed` are gone.
+fn write_and_stray(dir: &std::path::Path, count: u64, from: Range<usize>, to: usize, zeroed: Range<usize>) {
+    write_blocks(dir, count);
+    let blocks = items(dir, is_block);
+    let (path, first) = &blocks[0];
+    let at = |block: usize| *first as usize + 4096 * block;
+    let last = count as usize - 1;
+    assert_eq!(blocks[last].1 as usize, at(last), "a block is a page here");
+    let mut bytes = std::fs::read(path).unwrap();
+    bytes.copy_within(at(from.start)..at(from.end), at(to));
+    bytes[at(zeroed.start)..at(zeroed.end)].fill(0);
+    std::fs::write(path, &bytes).unwrap();
+}
+
 #[test]
 fn copies_that_a_misdirected_write_left_cost_what_they_lie_on() {
     // Blocks that were copied, over which, and what is gone then.
     let cases = [(1..4, 0, 0..1), (0..3, 1, 3..4), (3..6, 0, 0..3), (5..6, 0, 0..1), (2..5, 3, 5..6), (0..2, 4, 4..6)];
     for (from, to, gone) in cases {
         let dir = tempfile::tempdir().unwrap();
-        write_blocks(dir.path(), 8);
-        let blocks = items(dir.path(), is_block);
-        let (path, first) = &blocks[0];
-        let at = |block: usize| *first as usize + 4096 * block;
-        assert_eq!(blocks[7].1 as usize, at(7), "a block is a page here");
-        let mut bytes = std::fs::read(path).unwrap();
-        bytes.copy_within(at(from.start)..at(from.end), at(to));
-        std::fs::write(path, &bytes).unwrap();
+        write_and_stray(dir.path(), 8, from.clone(), to, 0..0);
         let expected: Vec<_> = (0..8).filter(|offset| !gone.contains(offset)).map(|offset| (offset, offset)).collect();
         run(async {
             let f = open(dir.path(), small(dir.path())).await;
@@ -131,14 +141,7 @@ fn copies_that_a_misdirected_write_left_cost_what_they_lie_on() {
 fn behind_copies_whose_originals_are_gone_the_journal_goes_on_where_it_did() {
     for (from, to) in [(1..3, 5), (0..2, 5), (1..2, 6)] {
         let dir = tempfile::tempdir().unwrap();
-        write_blocks(dir.path(), 8);
-        let blocks = items(dir.path(), is_block);
-        let (path, first) = &blocks[0];
-        let at = |block: usize| *first as usize + 4096 * block;
-        let mut bytes = std::fs::read(path).unwrap();
-        bytes.copy_within(at(from.start)..at(from.end), at(to));
-        bytes[at(from.start)..at(from.end)].fill(0);
-        std::fs::write(path, &bytes).unwrap();
+        write_and_stray(dir.path(), 8, from.clone(), to, from.clone());
         // The copies stand for what they are copies of.
         let gone = to as u64..(to + from.len()) as u64;
         let expected: Vec<_> = (0..8).filter(|offset| !gone.contains(offset)).map(|offset| (offset, offset)).collect();
@@ -160,14 +163,7 @@ fn behind_copies_whose_originals_are_gone_the_journal_goes_on_where_it_did() {
 #[test]
 fn what_lies_before_a_copy_is_not_passed_by_though_nothing_links_to_it() {
     let dir = tempfile::tempdir().unwrap();
-    write_blocks(dir.path(), 12);
-    let blocks = items(dir.path(), is_block);
-    let (path, first) = &blocks[0];
-    let at = |block: usize| *first as usize + 4096 * block;
-    let mut bytes = std::fs::read(path).unwrap();
-    bytes.copy_within(at(0)..at(2), at(8));
-    bytes[at(1)..at(4)].fill(0);
-    std::fs::write(path, &bytes).unwrap();
+    write_and_stray(dir.path(), 12, 0..2, 8, 1..4);
     let expected: Vec<_> = [0, 1, 4, 5, 6, 7, 10, 11].map(|offset| (offset, offset)).to_vec();
     for lost in [false, true] {
         if lost {
