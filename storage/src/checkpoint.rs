@@ -1,9 +1,9 @@
 //! Checkpoints: what makes the journal enough to build the index anew.
 //!
-//! Extents are found in the segments that hold them; those in segments of other stores are not. They, and rows of state and of partitions lie in the index alone once the
-//! segments that brought them are used again. So the journal repeats them all from time to time, as rows that replay
-//! passes by and a rebuild takes. A segment is used again only when it lies wholly before the start of the last whole
-//! checkpoint: the journal always holds one, and every change after it.
+//! Extents are found in the segments that hold them; those in segments of other stores are not. They, and rows of state and
+//! of partitions, lie in the index alone once the segments that brought them are used again. So the journal repeats them
+//! all from time to time, as rows that replay passes by and a rebuild takes. A segment is used again only when it lies
+//! wholly before the start of the last whole checkpoint: the journal always holds one, and every change after it.
 //!
 //! The rows are read from the index piece by piece while it changes. Each names the covered sequence it was read at, so
 //! that a rebuild lets a change win that is later than the row and lies before it in the journal.
