@@ -40,7 +40,7 @@ struct FoundBlock {
 /// A block of the run, by the directory of its store.
 pub type BlockName = (PathBuf, u64);
 
-/// Changes one place of one segment. `is_open`: of a store that goes on writing. `draining` are the directories of those that
+/// Changes one place of one segment, or deletes it. `is_open`: of a store that goes on writing. `draining` are the directories of those that
 /// do not any more. `damaged` has all blocks that were damaged in this run.
 pub fn damage(world: &World, oracle: &mut Oracle, damaged: &mut Vec<BlockName>, draining: &[PathBuf], is_open: bool) {
     let files: Vec<(PathBuf, Rc<FileState>)> =
@@ -74,6 +74,8 @@ pub fn damage(world: &World, oracle: &mut Oracle, damaged: &mut Vec<BlockName>, 
         2 => position / 512 * 512..position / 512 * 512 + 512,
         _ => page..(page + PAGE_BYTES * random.in_range(1..4)).min(state.len()),
     };
+    let delete = !is_open && random.one_in(12);
+    let range = if delete { 0..state.len() } else { range };
     world.event(format_args!("damage {} {range:?}", path.display()));
 
     // Without its header nothing in a segment is believed that the index does not know.
@@ -92,6 +94,10 @@ pub fn damage(world: &World, oracle: &mut Oracle, damaged: &mut Vec<BlockName>, 
     }
     excuse_unvouched(oracle, blocks, damaged);
 
+    if delete {
+        world.disk.delete(path);
+        return;
+    }
     let (start, end) = (range.start as usize, range.end as usize);
     match random.below(3) {
         _ if end - start == 1 => state.damage(|bytes| bytes[start] ^= 1 << random.below(8)),

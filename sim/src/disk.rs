@@ -260,6 +260,12 @@ impl Disk {
         self.names.borrow_mut().remove(path).is_some()
     }
 
+    /// Somebody deletes it while the node is stopped.
+    pub fn delete(&self, path: &Path) {
+        self.names.borrow_mut().remove(path);
+        self.durable_names.borrow_mut().remove(path);
+    }
+
     pub fn sync_dir(&self, dir: &Path) {
         let names = self.names.borrow();
         let mut durable = self.durable_names.borrow_mut();

@@ -92,7 +92,11 @@ impl Io for SimIo {
     async fn open(&self, path: &Path) -> io::Result<SimFile> {
         self.delay().await;
         let state = self.0.disk.file(path).ok_or(io::ErrorKind::NotFound)?;
-        Ok(SimFile { state, io: self.clone(), path: path.to_owned() })
+        Ok(SimFile { state, io: self.clone(), path: path.to_owned(), durable_writes: DURABLE_WRITES })
+    }
+
+    async fn open_for_sync(&self, path: &Path) -> io::Result<SimFile> {
+        Ok(SimFile { durable_writes: false, ..self.open(path).await? })
     }
 
     async fn create(&self, path: &Path, bytes: u64) -> io::Result<SimFile> {
@@ -110,7 +114,7 @@ impl Io for SimIo {
         }
         state.resize(bytes);
         self.delay().await;
-        Ok(SimFile { state, io: self.clone(), path: path.to_owned() })
+        Ok(SimFile { state, io: self.clone(), path: path.to_owned(), durable_writes: DURABLE_WRITES })
     }
 
     async fn create_dir(&self, _path: &Path) -> io::Result<()> {
@@ -192,6 +196,7 @@ pub struct SimFile {
     state: Rc<FileState>,
     io: SimIo,
     path: PathBuf,
+    durable_writes: bool,
 }
 
 impl SimFile {
@@ -217,7 +222,7 @@ impl File for SimFile {
             return Err(eio());
         }
         world.event(format_args!("written {} at {position}", self.name()));
-        self.state.end(number, DURABLE_WRITES);
+        self.state.end(number, self.durable_writes);
         Ok(())
     }
 
@@ -273,6 +278,10 @@ impl FaultyKv {
 }
 
 impl Kv for FaultyKv {
+    fn reader(&self) -> Box<dyn Kv> {
+        self.kv.reader()
+    }
+
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, IndexError> {
         self.kv.get(key)
     }

@@ -384,7 +384,9 @@ impl Oracle {
             let other = found.insert(partition.partition, partition);
             assert!(other.is_none(), "{} is in two stores", partition.partition);
         }
-        if self.checkpoint_damaged && stores.iter().any(|store| store.index_rebuilt) {
+        // Made anew, of nothing if all of the journal is gone.
+        let is_anew = |store: &Recovered| store.index_rebuilt || store.partitions.is_empty();
+        if self.checkpoint_damaged && stores.iter().any(is_anew) {
             for partition in self.partitions.values_mut() {
                 partition.damaged = true;
                 let in_old_stores = partition.within(&(0..partition.foreign_end));

@@ -145,6 +145,8 @@ pub struct Run {
     batches_made: Cell<u64>,
     steps_left: Cell<u64>,
     damaged_blocks: RefCell<Vec<BlockName>>,
+    /// Something was damaged in this run.
+    was_damaged: Cell<bool>,
     /// Something was damaged since the last start.
     damaged_open: Cell<bool>,
     builder: RefCell<Builder>,
@@ -241,6 +243,7 @@ impl Run {
             batches_made: Cell::new(0),
             steps_left: Cell::new(steps),
             damaged_blocks: RefCell::default(),
+            was_damaged: Cell::new(false),
             damaged_open: Cell::new(false),
             builder: RefCell::new(Builder::new(8 << 20)),
             crashes: Cell::new(0),
@@ -322,6 +325,7 @@ impl Run {
     }
 
     fn damage(&self, is_open: bool) {
+        self.was_damaged.set(true);
         self.damaged_open.set(is_open);
         let (mut oracle, mut damaged) = (self.oracle.borrow_mut(), self.damaged_blocks.borrow_mut());
         let draining: Vec<PathBuf> = layout::dirs(&self.layout.borrow().draining).into_values().collect();
@@ -443,6 +447,8 @@ async fn try_open(run: &Rc<Run>) -> Result<Rc<Session>, Box<dyn std::error::Erro
             "open: {} blocks replayed, damaged {:?}, torn {:?}",
             recovered.replayed_blocks, recovered.damaged, recovered.torn
         ));
+        let fine = recovered.damaged.is_empty() || run.was_damaged.get();
+        assert!(fine, "nobody damaged anything: {:?}", recovered.damaged);
         for partition in &recovered.partitions {
             let id = partition.partition;
             assert!(layout.shard_of(id) == shard, "{id} is in shard {shard}");

@@ -40,6 +40,39 @@ impl Checkpoints {
     }
 }
 
+/// The last whole checkpoint of a journal that is read block by block, as [`crate::recovery::replay`] does it.
+#[derive(Debug, Default)]
+pub(crate) struct LastWhole {
+    /// The last blocks that were read without a gap.
+    first: u64,
+    next: u64,
+    covered: u64,
+}
+
+impl LastWhole {
+    pub(crate) fn block(&mut self, sequence: u64) {
+        if self.next != sequence {
+            self.first = sequence;
+        }
+        self.next = sequence + 1;
+    }
+
+    /// The end of a checkpoint was read; returns whether it is whole: all blocks behind `covered` were read. Of one before
+    /// the last the segments with the first rows may be used again, and any may be damaged.
+    pub(crate) fn end(&mut self, covered: u64) -> bool {
+        let whole = self.first <= covered + 1;
+        if whole {
+            self.covered = covered;
+        }
+        whole
+    }
+
+    /// It repeats what this block and those before it left; 0 without a whole checkpoint.
+    pub(crate) fn covered(&self) -> u64 {
+        self.covered
+    }
+}
+
 impl<I: Io, T: 'static> Inner<I, T> {
     pub(crate) async fn run_checkpoints(self: Rc<Self>) {
         while !self.stopped.get() {
@@ -141,4 +174,21 @@ fn changes(rows: SavedRows) -> Vec<(drava_protocol::PartitionId, RowChange)> {
     let state = rows.state.into_iter().map(|(id, key, value)| (id, Checkpoint::Row { covered, key, value }));
     let extents = rows.foreign.into_iter().map(|(id, row)| (id, Checkpoint::Extent { covered, row }));
     partitions.chain(state).chain(extents).map(|(id, row)| (id, RowChange::Checkpoint(row))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_is_whole_when_no_block_of_it_is_missing() {
+        let mut last = LastWhole::default();
+        (5..9).for_each(|sequence| last.block(sequence));
+        assert!(!last.end(3), "the first rows were in a segment that is used again");
+        assert_eq!(last.covered(), 0);
+        assert!(last.end(4) && last.end(7), "all behind the block it was read at are there");
+        last.block(10);
+        assert!(!last.end(7), "a block in between is damaged");
+        assert_eq!(last.covered(), 7, "the one before it counts");
+    }
 }

@@ -8,8 +8,8 @@
 //!    allows are a [`window`], which is read in the order of the disk, with long reads.
 //! 2. In the order of the index again checksums are compared, and neighbours of one ledger joined. What does not verify
 //!    stays where it is, and so does its segment.
-//! 3. Blocks are written durably to a compacted segment.
-//! 4. The index learns the new places, in a batch that moves an extent only where its row is still the one that was
+//! 3. Blocks are written to a compacted segment, and synced some MiB at a time.
+//! 4. Of what is durable the index learns the new places, in a batch that moves an extent only where its row is still the one that was
 //!    copied: what was deleted meanwhile stays deleted.
 //! 5. That batch is made durable. Only then the old extents count as dead, and their segments may be used again.
 //!
@@ -27,22 +27,26 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
 
-use drava_protocol::{PartitionId, batch};
+use drava_protocol::{PartitionId, ShardId, batch};
 
 use crate::backlog::GAP_BYTES_MAX;
 use crate::block::{self, BlockId, BlockWriter, EXTENT_HEADER_BYTES, ExtentHeader};
 use crate::budget::Budget;
 use crate::damage::FoundBy;
 use crate::flush::HOUSEKEEPING;
-use crate::index::{ExtentKey, ExtentRow, IndexError, Move, MoveBatch};
+use crate::index::{ExtentKey, ExtentRow, IndexError, Move, MoveBatch, Scanned};
 use crate::io::{ALIGNMENT, Io};
 use crate::journal::SealedSegment;
 use crate::segment::{self, SegmentId, SegmentKind};
 use crate::store::Inner;
 use window::Window;
 
-/// Written at a time.
-const IO_BYTES_MAX: usize = 256 << 10;
+/// Written at a time: a write of the journal that comes next waits for no more than this.
+const IO_BYTES_MAX: usize = 64 << 10;
+/// Synced at a time. Each sync empties the cache of the disk, and the less is in it the sooner that is done.
+const SYNC_BYTES: u64 = 4 << 20;
+/// What may be read or written at once after a while without.
+const BURST_BYTES: u64 = 1 << 20;
 /// What compaction writes, unless a single extent is larger: as much as a reader of the backlog fetches at once, and
 /// little enough that the rest of a segment is not left empty for the sake of a block.
 const BLOCK_BYTES_MAX: u64 = 1 << 20;
@@ -58,7 +62,7 @@ const PASS_WINDOWS: u64 = 2;
 /// A pass over garbage must win at least this many segments.
 const GAIN_SEGMENTS_MIN: u64 = 2;
 /// A disk that takes longer for a write of the journal is left alone,
-const LATE: Duration = Duration::from_millis(10);
+const LATE: Duration = Duration::from_millis(2);
 /// for this long at a time,
 const PAUSE: Duration = Duration::from_millis(5);
 /// and for so many pauses: under a load that never ends compaction goes on, slowly.
@@ -67,11 +71,17 @@ const PAUSES_MAX: u32 = 20;
 const QUIET: Duration = Duration::from_secs(10);
 /// Looking at all rows of the index takes at most one part in so many of the time.
 const CENSUS_SHARE: u32 = 20;
+/// Behind each piece of a scan the index rests so many times as long, while the journal is not quiet: a core that goes
+/// through rows is not there for those who publish.
+const SCAN_RESTS: u32 = 3;
+const SCAN_REST_MAX: Duration = Duration::from_millis(20);
 
 /// Compaction of one store: what it may take, and what it found out.
 #[derive(Debug)]
 pub(crate) struct Compactor {
     budget: Budget,
+    /// For what is written: a window that was read in time is not written at once.
+    write_budget: Budget,
     /// Segments by generation that are not fragmented, and those with damage in them: neither is looked at again.
     judged: RefCell<BTreeMap<SegmentId, u64>>,
     damaged: RefCell<BTreeMap<SegmentId, u64>>,
@@ -129,7 +139,8 @@ impl Found {
 impl Compactor {
     pub(crate) fn new(bytes_per_s: u64) -> Compactor {
         Compactor {
-            budget: Budget::new(bytes_per_s, 4 * IO_BYTES_MAX as u64),
+            budget: Budget::new(bytes_per_s, BURST_BYTES),
+            write_budget: Budget::new(bytes_per_s, BURST_BYTES),
             judged: RefCell::default(),
             damaged: RefCell::default(),
             running: Cell::new(false),
@@ -191,10 +202,8 @@ impl<I: Io, T: 'static> Inner<I, T> {
         if !self.is_worth_a_census(&candidates, quiet) {
             return Ok(false);
         }
-        let began = self.io.now();
-        let census = self.census().await?;
-        let now = self.io.now();
-        self.compactor.census_at.set(now + (now - began) * CENSUS_SHARE);
+        let (census, took) = self.census().await?;
+        self.compactor.census_at.set(self.io.now() + took * CENSUS_SHARE);
         let found = |segment: &SealedSegment| census.get(&segment.id).copied().unwrap_or_default();
 
         let garbage = choose_garbage(&candidates, found, self.config.compaction_garbage_percent, self.pass_bytes_max());
@@ -277,19 +286,36 @@ impl<I: Io, T: 'static> Inner<I, T> {
         garbage || if quiet { 0 < unjudged } else { VICTIMS_MAX <= unjudged }
     }
 
-    /// Looks at every row of the index once.
-    async fn census(&self) -> Result<BTreeMap<SegmentId, Found>, CompactError> {
+    /// The next rows of the index, and how long that took. Rests while others have work.
+    async fn scan(
+        &self,
+        from: ExtentKey,
+        segments: Option<Vec<SegmentId>>,
+    ) -> Result<(Scanned, Duration), CompactError> {
+        let began = self.io.now();
+        let scanned = self.index.scan(from, segments).await?;
+        let took = self.io.now().saturating_sub(began);
+        if !self.is_quiet() {
+            self.io.sleep((took * SCAN_RESTS).min(SCAN_REST_MAX)).await;
+        }
+        Ok((scanned, took))
+    }
+
+    /// Looks at every row of the index once; returns how long that took without the rests.
+    async fn census(&self) -> Result<(BTreeMap<SegmentId, Found>, Duration), CompactError> {
         let now_ms = self.io.wall_clock_ms();
         let mut census: BTreeMap<SegmentId, Found> = BTreeMap::new();
         let mut last: Option<(PartitionId, ExtentRow)> = None;
         // Of the last row's ledger.
         let mut doomed = false;
+        let mut all_took = Duration::ZERO;
         let mut from = Some(FIRST);
         while let Some(key) = from {
             if self.stopped.get() {
                 return Err(CompactError::Stopped);
             }
-            let scanned = self.index.scan(key, None).await?;
+            let (scanned, took) = self.scan(key, None).await?;
+            all_took += took;
             for (partition, row) in scanned.rows {
                 if last.is_none_or(|(id, last)| id != partition || last.ledger != row.ledger) {
                     doomed = self.is_doomed(partition, row.ledger, now_ms);
@@ -304,7 +330,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
             from = scanned.next;
             self.io.yield_if_needed().await;
         }
-        Ok(census)
+        Ok((census, all_took))
     }
 
     fn is_doomed(&self, partition: PartitionId, ledger: u32, now_ms: u64) -> bool {
@@ -412,7 +438,7 @@ struct Pass<'a, I: Io, T: 'static> {
     window_bytes: u64,
     /// Read from the victims.
     read_bytes: u64,
-    output: Option<Output>,
+    output: Option<Output<I::File>>,
     /// Extents of the next block. Their bodies are in `bodies`, one behind the other.
     gathered: Vec<Gathered>,
     bodies: Vec<u8>,
@@ -425,13 +451,17 @@ struct Pass<'a, I: Io, T: 'static> {
 }
 
 /// The segment that is being filled.
-struct Output {
+struct Output<F> {
+    file: Rc<F>,
     segment: SegmentId,
     generation: u64,
     bytes: u64,
     position: u64,
     next_sequence: u64,
     previous_crc: u32,
+    /// The last block that is durable.
+    durable_sequence: u64,
+    unsynced_bytes: u64,
 }
 
 struct Gathered {
@@ -480,7 +510,7 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
     async fn copy(&mut self) -> Result<(), CompactError> {
         let mut from = Some(FIRST);
         while let Some(key) = from {
-            let scanned = self.inner.index.scan(key, Some(self.victims.clone())).await?;
+            let (scanned, _) = self.inner.scan(key, Some(self.victims.clone())).await?;
             let window_bytes_max = self.inner.window_bytes_max();
             for (partition, row) in scanned.rows {
                 if !self.window.has_room(&row, window_bytes_max) {
@@ -584,7 +614,7 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
         }
     }
 
-    /// Writes what was gathered, durably.
+    /// Writes what was gathered.
     async fn write_block(&mut self) -> Result<(), CompactError> {
         if self.gathered.is_empty() {
             return Ok(());
@@ -597,20 +627,23 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
         if self.output.is_none() {
             let segment = self.inner.journal.segment_for_compaction().await;
             let (segment, generation, bytes) = segment.ok_or(CompactError::NoRoom)?;
-            let position = segment::HEADER_BYTES;
-            self.output = Some(Output { segment, generation, bytes, position, next_sequence: 1, previous_crc: 0 });
+            let file = self.inner.journal.open_compacted(segment).await;
+            self.output = Some(Output {
+                file: file.map_err(|source| CompactError::Write { segment: segment.0, source })?,
+                segment,
+                generation,
+                bytes,
+                position: segment::HEADER_BYTES,
+                next_sequence: 1,
+                previous_crc: 0,
+                durable_sequence: 0,
+                unsynced_bytes: 0,
+            });
         }
         let output = self.output.as_mut().expect("there is one now");
         let mut block = std::mem::take(&mut self.block);
         block.resize(block_bytes as usize, 0);
-        let id = BlockId {
-            kind: SegmentKind::Compacted,
-            shard: self.inner.config.shard,
-            generation: output.generation,
-            sequence: output.next_sequence,
-            durable_sequence: output.next_sequence - 1,
-            previous_crc: output.previous_crc,
-        };
+        let id = output.next_block(self.inner.config.shard);
         let mut writer = BlockWriter::new(&mut block, id.sequence);
         let mut bodies = &self.bodies[..];
         for Gathered { header, from } in self.gathered.drain(..) {
@@ -641,18 +674,45 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
             let mut buffer = self.inner.io.buffer(piece.len());
             buffer.as_mut().copy_from_slice(piece);
             let position = output.position + (index * IO_BYTES_MAX) as u64;
-            let written = self.inner.journal.write_compacted(output.segment, Rc::new(buffer), position).await;
-            written.map_err(|source| CompactError::Write { segment: output.segment.0, source })?;
+            self.inner.compactor.write_budget.take(&self.inner.io, piece.len() as u64).await;
             self.inner.give_way(0).await?;
+            let written = self.inner.journal.write_compacted(&output.file, Rc::new(buffer), position).await;
+            written.map_err(output.failed())?;
         }
         self.block = block;
-        output.position += block_bytes;
-        output.next_sequence += 1;
-        output.previous_crc = crc;
+        output.wrote(block_bytes, crc);
+        let sync = SYNC_BYTES <= output.unsynced_bytes;
         self.inner.compactor.count(|figures| figures.compacted_bytes += block_bytes);
         if MOVED_ROWS_MAX <= self.moved_rows {
             self.switch(Durable::Later).await?;
+        } else if sync {
+            self.sync().await?;
         }
+        Ok(())
+    }
+
+    /// Makes all that was written durable. Before that no row may name it: the old place would be let go, and a power cut
+    /// would take the new one.
+    async fn sync(&mut self) -> Result<(), CompactError> {
+        let Some(output) = &mut self.output else { return Ok(()) };
+        if 0 < output.unsynced_bytes && !cfg!(feature = "mutant-no-compaction-sync") {
+            self.inner.journal.sync_compacted(&output.file).await.map_err(output.failed())?;
+        }
+        output.unsynced_bytes = 0;
+        output.durable_sequence = output.next_sequence - 1;
+        Ok(())
+    }
+
+    /// A last block without extents says that those before it were durable: what of them is not whole is damage then, and
+    /// no copy that was cut short.
+    async fn write_mark(&mut self) -> Result<(), CompactError> {
+        let Some(output) = self.output.as_mut().filter(|output| output.position < output.bytes) else { return Ok(()) };
+        let id = output.next_block(self.inner.config.shard);
+        let mut mark = self.inner.io.buffer(ALIGNMENT);
+        let crc = BlockWriter::new(mark.as_mut(), id.sequence).finish(&id);
+        let written = self.inner.journal.write_compacted(&output.file, Rc::new(mark), output.position).await;
+        written.map_err(output.failed())?;
+        output.wrote(ALIGNMENT as u64, crc);
         Ok(())
     }
 
@@ -663,6 +723,7 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
         }
         self.switch(Durable::Now).await?;
         self.release();
+        self.write_mark().await?;
         if let Some(output) = self.output.take() {
             self.inner.journal.seal_compacted(output.segment);
         }
@@ -671,6 +732,7 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
 
     /// Tells the index where the extents are now.
     async fn switch(&mut self, durable: Durable) -> Result<(), CompactError> {
+        self.sync().await?;
         let Some(output) = &self.output else { return Ok(()) };
         let moves = std::mem::take(&mut self.moves);
         self.moved_rows = 0;
@@ -700,6 +762,31 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
         for (segment, bytes) in std::mem::take(&mut self.released) {
             self.inner.journal.remove_live(segment, bytes);
         }
+    }
+}
+
+impl<F> Output<F> {
+    fn next_block(&self, shard: ShardId) -> BlockId {
+        BlockId {
+            kind: SegmentKind::Compacted,
+            shard,
+            generation: self.generation,
+            sequence: self.next_sequence,
+            durable_sequence: self.durable_sequence,
+            previous_crc: self.previous_crc,
+        }
+    }
+
+    fn wrote(&mut self, block_bytes: u64, crc: u32) {
+        self.position += block_bytes;
+        self.unsynced_bytes += block_bytes;
+        self.next_sequence += 1;
+        self.previous_crc = crc;
+    }
+
+    fn failed(&self) -> impl FnOnce(io::Error) -> CompactError + use<F> {
+        let segment = self.segment.0;
+        move |source| CompactError::Write { segment, source }
     }
 }
 

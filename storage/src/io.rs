@@ -29,6 +29,10 @@ pub trait Io: Clone + 'static {
     /// Opens an existing file; writes to it are durable when they return.
     fn open(&self, path: &Path) -> impl Future<Output = io::Result<Self::File>>;
 
+    /// Opens an existing file; writes to it are durable after [`File::sync`]: for many writes that nobody waits for singly.
+    /// A durable write that fills a place for the first time makes the disk empty its cache, and everybody's writes wait.
+    fn open_for_sync(&self, path: &Path) -> impl Future<Output = io::Result<Self::File>>;
+
     /// Makes a file of `bytes` that reads as zeros, for writes that are durable when they return. Fails if it exists.
     fn create(&self, path: &Path, bytes: u64) -> impl Future<Output = io::Result<Self::File>>;
 
@@ -60,7 +64,7 @@ pub trait Io: Clone + 'static {
 
     fn sleep(&self, time: Duration) -> impl Future<Output = ()>;
 
-    /// Starts what serves the index. It blocks, so not on this executor unless nobody waits here: a simulation.
+    /// Starts a worker of the index. It blocks, so not on this executor unless nobody waits here: a simulation.
     fn start_index(&self, worker: IndexWorker) -> io::Result<()>;
 
     /// Lets other tasks of this executor run if this one has had its share.
@@ -85,7 +89,7 @@ pub trait File {
     /// What was read; cheap to clone.
     type Read: Deref<Target = [u8]> + Clone + 'static;
 
-    /// Writes the whole buffer; durable when it returns.
+    /// Writes the whole buffer; durable when it returns, but for [`Io::open_for_sync`].
     fn write_at(&self, buffer: Rc<Self::Buffer>, position: u64) -> impl Future<Output = io::Result<()>>;
 
     /// What the disk gives at once: less than `bytes` at the end of the file, and now and then elsewhere.

@@ -10,7 +10,7 @@
 //! A task ([`Journal::run`]) has the next segment ready before it is needed: a dead one, a spare, or a new one.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -188,6 +188,9 @@ struct State<I: Io, P> {
     covered_sequence: u64,
     /// Sealed segments that are open, oldest first.
     opened: VecDeque<SegmentId>,
+    /// Numbers of segments that are gone although the index has extents in them. Were they given out again, what the
+    /// index lets go of the old ones would be taken for a part of the new, and those used again too early.
+    gone: BTreeSet<SegmentId>,
     recycled: u64,
     written_at: Duration,
     compaction: CompactionSegment,
@@ -258,6 +261,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 full: false,
                 covered_sequence: 0,
                 opened: VecDeque::new(),
+                gone: BTreeSet::new(),
                 recycled: 0,
                 written_at: Duration::ZERO,
                 compaction: CompactionSegment::NotWanted,
@@ -526,6 +530,11 @@ impl<I: Io, P: 'static> Journal<I, P> {
         self.wanted.notify();
     }
 
+    /// These segments are gone, and the index has extents in them.
+    pub(crate) fn set_gone(&self, segments: BTreeSet<SegmentId>) {
+        self.state.borrow_mut().gone = segments;
+    }
+
     /// The last whole checkpoint starts in the segment of this generation: dead segments before it may be used again.
     /// Without a call, nothing is kept for the sake of checkpoints.
     pub(crate) fn set_checkpoint(&self, generation: u64) {
@@ -678,17 +687,30 @@ impl<I: Io, P: 'static> Journal<I, P> {
         }
     }
 
-    /// Writes to the compactor's segment; durable when it returns.
-    pub(crate) async fn write_compacted(&self, id: SegmentId, buffer: Rc<I::Buffer>, position: u64) -> io::Result<()> {
-        let file = self.file(id).await?;
+    /// The compactor's segment, for [`Journal::write_compacted`].
+    pub(crate) async fn open_compacted(&self, id: SegmentId) -> io::Result<Rc<I::File>> {
+        self.io.open_for_sync(&segment::path(&self.config.dir, id)).await.map(Rc::new)
+    }
+
+    /// Writes to the compactor's segment; durable after [`Journal::sync_compacted`].
+    pub(crate) async fn write_compacted(&self, file: &I::File, buffer: Rc<I::Buffer>, position: u64) -> io::Result<()> {
+        self.counted(file.write_at(buffer, position)).await
+    }
+
+    pub(crate) async fn sync_compacted(&self, file: &I::File) -> io::Result<()> {
+        self.counted(file.sync()).await
+    }
+
+    /// Whoever closes the journal waits until such work is done.
+    async fn counted(&self, work: impl Future<Output = io::Result<()>>) -> io::Result<()> {
         if self.stopped.get() {
             return Err(io::Error::other("the journal is closed"));
         }
         self.writing.set(self.writing.get() + 1);
-        let written = file.write_at(buffer, position).await;
+        let done = work.await;
         self.writing.set(self.writing.get() - 1);
         self.answered.notify_all();
-        written
+        done
     }
 
     /// The compactor is done with its segment, which lives as long as something in it does.
@@ -1046,10 +1068,15 @@ impl<I: Io, P: 'static> Journal<I, P> {
         }
         let id = {
             let mut state = self.state.borrow_mut();
-            let index = state.segments.iter().position(Option::is_none).unwrap_or_else(|| {
-                state.segments.push(None);
-                state.segments.len() - 1
-            });
+            let state = &mut *state;
+            let is_free = |index: &usize| {
+                state.segments.get(*index).is_none_or(Option::is_none)
+                    && !state.gone.contains(&SegmentId(*index as u32))
+            };
+            let index = (0..).find(is_free).expect("there are more numbers than segments");
+            if state.segments.len() <= index {
+                state.segments.resize_with(index + 1, || None);
+            }
             SegmentId(index as u32)
         };
         let path = segment::path(&config.dir, id);

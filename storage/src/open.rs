@@ -1,7 +1,7 @@
 //! Opening a store: what the durable index has, then what the journal has beyond it.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -61,16 +61,18 @@ pub(crate) async fn open<I: Io, T: 'static>(
         active.or(found.map(|(_, row)| (row.generation, row.kind)))
     };
     let mut segments = recovery::survey(&io, &config.dir, config.shard, &known).await?;
+    let mut gone = BTreeSet::new();
     for &(id, SegmentRow { generation, live_bytes, .. }) in &loaded.segments {
-        match segments.get_mut(id.0 as usize).and_then(Option::as_mut) {
-            Some(segment) if segment.generation == generation => segment.live_bytes = live_bytes,
-            _ if live_bytes == 0 => {}
-            _ => tracing::error!(
-                shard = config.shard.0,
-                segment = id.0,
-                live_bytes,
-                "a segment with live entries is gone"
-            ),
+        let segment = segments.get_mut(id.0 as usize).and_then(Option::as_mut);
+        if 0 < live_bytes && segment.as_ref().is_none_or(|segment| segment.generation != generation) {
+            let shard = config.shard.0;
+            tracing::error!(shard, segment = id.0, live_bytes, "a segment with live entries is gone");
+        }
+        match segment {
+            // Of another use, too: until the index lets go of the old one nothing tells what of it is gone.
+            Some(segment) => segment.live_bytes = live_bytes,
+            None if 0 < live_bytes => drop(gone.insert(id)),
+            None => {}
         }
     }
 
@@ -190,6 +192,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
     let indexed_sequence = known_end.next_sequence - 1;
     journal.set_covered(indexed_sequence);
     journal.set_checkpoint(checkpoint);
+    journal.set_gone(gone);
     if !journal.has_segment() {
         journal.prepare().await.map_err(open_error("make the first journal segment"))?;
     }

@@ -16,6 +16,7 @@ use std::time::Duration;
 use drava_protocol::PartitionId;
 
 use crate::block::{ExtentHeader, ExtentKind};
+use crate::checkpoint::LastWhole;
 use crate::foreign::ForeignSegment;
 use crate::index::{ExtentRow, IndexBatch, IndexThread, PartitionRow, RebuildRows, SegmentRow, Trim};
 use crate::io::Io;
@@ -42,7 +43,7 @@ pub(crate) struct Rebuild<'a, I: Io> {
     rows: Box<RebuildRows>,
     used: BTreeMap<SegmentId, (u64, SegmentKind)>,
     checkpoint: Option<u64>,
-    unbroken: Unbroken,
+    last_whole: LastWhole,
     /// Extents of compacted segments that are not whole: they count where nothing else has the messages.
     doubtful: Vec<(PartitionId, ExtentRow)>,
     rebuilt: Rebuilt,
@@ -70,27 +71,6 @@ struct FoundRow {
     seen: u64,
     /// `None`: deleted.
     value: Option<Vec<u8>>,
-}
-
-/// The last blocks that were read without a gap.
-#[derive(Debug, Default)]
-struct Unbroken {
-    first: u64,
-    next: u64,
-}
-
-impl Unbroken {
-    fn take(&mut self, sequence: u64) {
-        if self.next != sequence {
-            self.first = sequence;
-        }
-        self.next = sequence + 1;
-    }
-
-    /// Whether all blocks behind this one were read.
-    fn since(&self, sequence: u64) -> bool {
-        self.first <= sequence + 1
-    }
 }
 
 /// Bytes of extents by the segment that holds them.
@@ -123,7 +103,7 @@ impl<'a, I: Io> Rebuild<'a, I> {
             rows: Box::default(),
             used: BTreeMap::new(),
             checkpoint: None,
-            unbroken: Unbroken::default(),
+            last_whole: LastWhole::default(),
             doubtful: Vec::new(),
             rebuilt: Rebuilt::default(),
             bytes: 0,
@@ -211,9 +191,8 @@ impl<'a, I: Io> Rebuild<'a, I> {
 
     /// Everything was repeated that the block `covered` and those before it left.
     fn end_checkpoint(&mut self, covered: u64, generation: u64) {
-        // Of one before the last whole checkpoint the segments with the first rows may be used again, and any may be damaged:
-        // what those named is not deleted.
-        if !self.unbroken.since(covered) {
+        // What one that is not whole does not name is not deleted.
+        if !self.last_whole.end(covered) {
             return;
         }
         self.checkpoint = Some(generation);
@@ -376,7 +355,7 @@ fn row_of(block: &Visited<'_>, extent: &VisitedExtent) -> ExtentRow {
 impl<I: Io> Visitor for Rebuild<'_, I> {
     fn block(&mut self, block: &Visited<'_>) {
         let sequence = block.header.id.sequence;
-        self.unbroken.take(sequence);
+        self.last_whole.block(sequence);
         for extent in block.extents.iter().filter(|extent| extent.header.kind == ExtentKind::Data) {
             let id = extent.header.ledger.partition;
             if self.gone.contains(&id) {
@@ -405,23 +384,12 @@ impl<I: Io> Visitor for Rebuild<'_, I> {
         }
     }
 
+    fn may_be_gone(&self) -> u64 {
+        self.last_whole.covered()
+    }
+
     async fn pause(&mut self) -> Result<(), OpenError> {
         self.tell();
         if EXTENTS_MAX <= self.rows.extents.len() { self.write_out().await } else { Ok(()) }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_checkpoint_is_whole_when_no_block_of_it_is_missing() {
-        let mut unbroken = Unbroken::default();
-        (5..9).for_each(|sequence| unbroken.take(sequence));
-        assert!(unbroken.since(4) && unbroken.since(7), "all behind the block it was read at are there");
-        assert!(!unbroken.since(3), "the first rows were in a segment that is used again");
-        unbroken.take(10);
-        assert!(!unbroken.since(7), "a block in between is damaged");
     }
 }

@@ -40,8 +40,9 @@ pub(crate) fn open_error(what: impl Into<String>) -> impl FnOnce(std::io::Error)
     move |source| OpenError::Io { what, source }
 }
 
-/// Opens the directory and reads the header of every segment. Segments whose header cannot be believed have
-/// generation 0: nothing is read from them and they are used again, unless `known` has generation and kind for them.
+/// Opens the directory and reads the header of every segment. Those whose header cannot be believed have generation and kind
+/// from their blocks or from `known`, which has them for what is in use. What neither knows has generation 0: nothing is read
+/// from it, and it is used again.
 pub(crate) async fn survey<I: Io>(
     io: &I,
     dir: &Path,
@@ -114,6 +115,9 @@ pub(crate) async fn survey<I: Io>(
                         if let Some(found) = found.map_err(open_error(format!("read {}", path.display())))? {
                             // A header that was zeroed or cannot be believed; the blocks say what it said.
                             tracing::error!(path = %path.display(), generation = found.0, "a segment has blocks and no header");
+                            use_of_it = found;
+                        } else if let Some(found) = known(id) {
+                            tracing::error!(path = %path.display(), generation = found.0, "a segment with entries is empty");
                             use_of_it = found;
                         }
                     }
@@ -244,6 +248,11 @@ pub(crate) trait Visitor {
     /// were given out.
     fn lost(&mut self, extent: &ExtentHeader);
 
+    /// Segments whose blocks all lie up to this one may have been used again: that they are not there is no damage.
+    fn may_be_gone(&self) -> u64 {
+        0
+    }
+
     /// Called between blocks.
     fn pause(&mut self) -> impl Future<Output = Result<(), OpenError>> {
         std::future::ready(Ok(()))
@@ -289,6 +298,7 @@ pub(crate) async fn replay<I: Io>(
     let mut block = Parsed::default();
     let mut stale = Vec::new();
     let mut detour: Option<Detour> = None;
+    let mut gaps = Vec::new();
     // The highest that a block was taken up to, with its segment in the order.
     let mut taken = (at, 0);
     // Without an index any block fits at the start: a copy that a misdirected write left there would hide those before it.
@@ -319,6 +329,10 @@ pub(crate) async fn replay<I: Io>(
         }
         let Err(problem) = problem else {
             let header = block.header.expect("parsed");
+            if chain.sequence.is_none() && 1 < header.id.sequence {
+                let place = damaged_place(order[at], position..position);
+                gaps.push(Gap { sequences: 1..header.id.sequence, places: vec![place] });
+            }
             visitor.block(&Visited {
                 segment: order[at].1,
                 position,
@@ -387,50 +401,44 @@ pub(crate) async fn replay<I: Io>(
         };
         detour = later.detour;
         let jump = later.at != at;
-        if !jump || problem == Misfit::Damaged || start.is_some() {
-            let end_position = match (jump, later.position == position) {
-                (true, _) => reader.bytes,
-                (false, true) if later.ends.is_none() => later.position + later.block_bytes,
-                (false, _) => later.position,
-            };
-            let sequences = chain.sequence.unwrap_or(1)..later.ends.unwrap_or(later.sequence);
-            let mut places = vec![(at, position, end_position)];
-            if jump && segment::HEADER_BYTES < later.position {
-                // What is missing may have been at the start of the other as well.
-                places.push((later.at, segment::HEADER_BYTES, later.position));
-                if problem == Misfit::Nothing {
-                    places.remove(0);
-                }
+        let here = !jump && later.position == position && later.ends.is_none();
+        // Nothing bad was seen: what is missing was in segments that are not there.
+        let absent = if jump { problem == Misfit::Nothing } else { here && position == segment::HEADER_BYTES };
+        let end_position = match () {
+            () if jump => reader.bytes,
+            () if here && !absent => later.position + later.block_bytes,
+            () => later.position,
+        };
+        let sequences = chain.sequence.unwrap_or(1)..later.ends.unwrap_or(later.sequence);
+        let mut skipped = vec![(at, position..end_position)];
+        if jump && segment::HEADER_BYTES < later.position {
+            // What is missing may have been at the start of the other as well.
+            skipped.push((later.at, segment::HEADER_BYTES..later.position));
+            if problem == Misfit::Nothing {
+                skipped.remove(0);
             }
-            places.retain(|(_, start_position, end_position)| start_position < end_position);
-            for (index, start_position, end_position) in places {
-                tracing::error!(
-                    shard = shard.0,
-                    segment = order[index].1.0,
-                    start_position,
-                    end_position,
-                    "a part of the journal is damaged; it is skipped"
-                );
-                let lost_bytes = (end_position - start_position).min(LOST_BYTES_MAX) as usize;
-                let mut range = DamagedRange {
-                    segment: order[index].1.0,
-                    start_position,
-                    end_position,
-                    generation: order[index].0,
-                    lost: Vec::new(),
+        }
+        let mut places = Vec::new();
+        for (index, positions) in skipped.into_iter().filter(|(_, positions)| absent || !positions.is_empty()) {
+            let mut place = damaged_place(order[index], positions);
+            if !sequences.is_empty() {
+                let mut other;
+                let from = if index == at {
+                    &mut reader
+                } else {
+                    other = Reader::open(io, dir, segments, order[index], shard).await?;
+                    &mut other
                 };
-                if !sequences.is_empty() {
-                    let mut other;
-                    let from = if index == at {
-                        &mut reader
-                    } else {
-                        other = Reader::open(io, dir, segments, order[index], shard).await?;
-                        &mut other
-                    };
-                    lost_extents(from.at(start_position, lost_bytes).await?, &sequences, &mut range.lost, visitor);
-                }
-                replayed.damaged.push(range);
+                let lost_bytes = (place.end_position - place.start_position).min(LOST_BYTES_MAX) as usize;
+                lost_extents(from.at(place.start_position, lost_bytes).await?, &sequences, &mut place.lost, visitor);
             }
+            places.push(place);
+        }
+        let gap = Gap { sequences, places };
+        if absent {
+            gaps.push(gap);
+        } else {
+            gap.report(shard, &mut replayed.damaged);
         }
         if jump {
             reader.sync().await?;
@@ -451,12 +459,14 @@ pub(crate) async fn replay<I: Io>(
         chain = Chain { sequence: Some(later.sequence), crc: None };
     }
     if replayed.end.is_none() {
-        replayed.end = start.or(Some(JournalEnd {
+        // Of a segment that is gone, or of none, the position is no place to write to.
+        let is_here = |start: &JournalEnd| (start.generation, start.segment) == order[at] && start.names_a_segment();
+        replayed.end = start.filter(is_here).or(Some(JournalEnd {
             segment: order[at].1,
             generation: order[at].0,
             position: segment::HEADER_BYTES,
-            next_sequence: 1,
-            previous_crc: 0,
+            next_sequence: start.map_or(1, |start| start.next_sequence),
+            previous_crc: start.map_or(0, |start| start.previous_crc),
         }));
     }
     reader.sync().await?;
@@ -475,8 +485,39 @@ pub(crate) async fn replay<I: Io>(
     for &listed in &order[(at + 1).min(order.len())..] {
         retire(io, dir, shard, segments, listed).await?;
     }
+    // The last checkpoint says which blocks are needed no more; before it was read that was not known.
+    for gap in gaps.into_iter().filter(|gap| visitor.may_be_gone() < gap.sequences.end - 1) {
+        gap.report(shard, &mut replayed.damaged);
+    }
     replayed.damaged.extend(cut_off(segments));
     Ok(replayed)
+}
+
+/// Blocks that were durable and are not there, and where they were or should have been.
+struct Gap {
+    sequences: std::ops::Range<u64>,
+    places: Vec<DamagedRange>,
+}
+
+impl Gap {
+    fn report(self, shard: ShardId, damaged: &mut Vec<DamagedRange>) {
+        for place in self.places {
+            tracing::error!(
+                shard = shard.0,
+                segment = place.segment,
+                start_position = place.start_position,
+                end_position = place.end_position,
+                blocks = ?self.sequences,
+                "a part of the journal is damaged or gone; it is skipped"
+            );
+            damaged.push(place);
+        }
+    }
+}
+
+fn damaged_place((generation, segment): (u64, SegmentId), positions: std::ops::Range<u64>) -> DamagedRange {
+    let std::ops::Range { start: start_position, end: end_position } = positions;
+    DamagedRange { segment: segment.0, start_position, end_position, generation, lost: Vec::new() }
 }
 
 /// The ends of segments in use whose files were cut. What was there is not known.
@@ -484,15 +525,14 @@ fn cut_off<F>(segments: &[Option<Segment<F>>]) -> Vec<DamagedRange> {
     let in_use = segments.iter().enumerate().filter_map(|(index, segment)| Some((index as u32, segment.as_ref()?)));
     let cut = in_use.filter(|(_, segment)| segment.role != Role::Spare && 0 < segment.cut_off_bytes);
     cut.map(|(index, segment)| {
-        let (start_position, generation) = (segment.bytes, segment.generation);
-        let end_position = start_position + segment.cut_off_bytes;
+        let (start_position, end_position) = (segment.bytes, segment.bytes + segment.cut_off_bytes);
         tracing::error!(
             segment = index,
             start_position,
             end_position,
             "a segment is damaged: the end of its file is gone"
         );
-        DamagedRange { segment: index, start_position, end_position, generation, lost: Vec::new() }
+        damaged_place((segment.generation, SegmentId(index)), start_position..end_position)
     })
     .collect()
 }
@@ -615,8 +655,7 @@ fn note_bad_batches(
         (last.segment, last.generation) == (segment.0, generation) && end_position <= last.end_position
     });
     if !known {
-        let segment = segment.0;
-        damaged.push(DamagedRange { segment, start_position, end_position, generation, lost: Vec::new() });
+        damaged.push(damaged_place((generation, segment), start_position..end_position));
     }
     if let Some(last) = damaged.last_mut() {
         last.lost.extend(block.bad.iter().cloned());

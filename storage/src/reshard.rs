@@ -103,6 +103,8 @@ pub fn move_rows(
         }
     }
     for target in targets {
+        // A store without rows begins like any new one: with block 1, before which nothing can be missing.
+        let end = if target.is_empty { JournalEnd { next_sequence: 1, ..JournalEnd::default() } } else { end };
         target.finish(Covered { end, sealed: false })?;
     }
     moved.partitions = partitions.len() as u64;
@@ -142,14 +144,16 @@ struct Target<'a> {
     batch: KvBatch,
     batch_bytes: usize,
     live_bytes: BTreeMap<ForeignSegment, u64>,
+    is_empty: bool,
 }
 
 impl<'a> Target<'a> {
     fn new(index: &'a mut Index) -> Target<'a> {
-        Target { index, batch: KvBatch::default(), batch_bytes: 0, live_bytes: BTreeMap::new() }
+        Target { index, batch: KvBatch::default(), batch_bytes: 0, live_bytes: BTreeMap::new(), is_empty: true }
     }
 
     fn take(&mut self, row: MovedRow) -> Result<(), IndexError> {
+        self.is_empty = false;
         if let Some((segment, bytes)) = row.extent {
             *self.live_bytes.entry(segment).or_default() += bytes;
         }

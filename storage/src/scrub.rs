@@ -24,7 +24,7 @@ use crate::budget::Budget;
 use crate::damage::{Damage, DamagedPlace, FoundBy};
 use crate::index::ExtentRow;
 use crate::io::{ALIGNMENT, File, Io};
-use crate::segment::{self, SegmentId};
+use crate::segment::{self, SegmentId, SegmentKind};
 use crate::store::{DamagedRange, Inner};
 
 /// Read at a time.
@@ -377,6 +377,8 @@ pub(crate) async fn walk<F: File>(
     let mut walked = Walked { end: segment::HEADER_BYTES, ..Walked::default() };
     let mut position = segment::HEADER_BYTES;
     let mut next_sequence = None;
+    // What is missing or not whole, each with the first block that it costs.
+    let mut doubts: Vec<(u64, Range<u64>)> = Vec::new();
     while position + (ALIGNMENT as u64) <= segment_bytes {
         let Some(bytes) = window.at(position, ALIGNMENT, pace).await? else { return Ok(None) };
         let header = block::header(bytes).ok().filter(|header| {
@@ -397,15 +399,22 @@ pub(crate) async fn walk<F: File>(
         }
         // Between two blocks there is nothing, or one is missing.
         if walked.end < position {
-            walked.suspect(walked.end..position);
+            doubts.push((next_sequence.unwrap_or(1), walked.end..position));
         }
         for (extent, start) in block::extents(&header, bytes).flatten() {
             let end = start + EXTENT_HEADER_BYTES + extent.body_bytes as usize;
             let body = &bytes[start + EXTENT_HEADER_BYTES..end];
             if extent.kind == ExtentKind::Data && !block::check_batches(&extent, body, |_, _| {}).is_empty() {
-                walked.suspect(position + start as u64..position + end as u64);
+                doubts.push((header.id.sequence, position + start as u64..position + end as u64));
             }
         }
+        // A copy that was cut short is no damage: it counts only from where all of it is durable, as a later block says.
+        let durable_sequence = match header.id.kind {
+            SegmentKind::Journal => u64::MAX,
+            SegmentKind::Compacted => header.id.durable_sequence,
+        };
+        let certain = doubts.partition_point(|(sequence, _)| *sequence <= durable_sequence);
+        doubts.drain(..certain).for_each(|(_, positions)| walked.suspect(positions));
         next_sequence = Some(header.id.sequence + 1);
         position += u64::from(header.block_bytes);
         walked.end = position;

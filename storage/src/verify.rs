@@ -17,11 +17,13 @@ use drava_protocol::PartitionId;
 use futures_lite::future::block_on;
 
 use crate::block::{self, ExtentHeader, ExtentKind};
+use crate::checkpoint::LastWhole;
 use crate::index::IndexWorker;
 use crate::io::{ALIGNMENT, File as IoFile, Io};
 use crate::recovery::{self, Visited, Visitor};
 use crate::scrub;
 use crate::segment::{self, SegmentHeader, SegmentId, SegmentKind};
+use crate::state::{Checkpoint, RowChange};
 use crate::store::{OpenError, TornTail};
 
 /// Findings beyond these are counted and not listed.
@@ -147,7 +149,12 @@ async fn verify_with(io: &DryIo, dir: &Path, only: Option<&[SegmentId]>) -> Resu
         .filter(|(_, segment)| segment.kind == SegmentKind::Compacted && 0 < segment.generation)
         .map(|(id, segment)| (id, segment.generation, segment.bytes))
         .collect();
-    let mut check = Check { verified: &mut verified, lost: Vec::new() };
+    let mut check = Check {
+        verified: &mut verified,
+        lost: Vec::new(),
+        // Of some segments nobody can say what lies between them.
+        last_whole: only.is_none().then(LastWhole::default),
+    };
     let replayed = recovery::replay(io, dir, shard, &mut segments, None, &mut check).await?;
     let mut lost = check.lost;
     verified.blocks += replayed.blocks;
@@ -212,10 +219,22 @@ impl Verified {
 struct Check<'a> {
     verified: &'a mut Verified,
     lost: Vec<LostMessages>,
+    /// `None`: missing segments are no damage.
+    last_whole: Option<LastWhole>,
 }
 
 impl Visitor for Check<'_> {
     fn block(&mut self, block: &Visited<'_>) {
+        if let Some(last_whole) = &mut self.last_whole {
+            last_whole.block(block.header.id.sequence);
+            for extent in block.extents.iter().filter(|extent| extent.header.kind == ExtentKind::State) {
+                RowChange::decode_all(extent.header.ledger.partition, extent.body(block.bytes), |change| {
+                    if let RowChange::Checkpoint(Checkpoint::End { covered, .. }) = change {
+                        last_whole.end(covered);
+                    }
+                });
+            }
+        }
         for extent in block.extents {
             let header = &extent.header;
             if header.kind != ExtentKind::Data || extent.batches.len() == header.entry_count as usize {
@@ -240,6 +259,10 @@ impl Visitor for Check<'_> {
             self.lost.push(LostMessages { partition: header.ledger.partition, offsets });
         }
     }
+
+    fn may_be_gone(&self) -> u64 {
+        self.last_whole.as_ref().map_or(u64::MAX, LastWhole::covered)
+    }
 }
 
 /// The disk for a dry run: reads are real, everything else is not done and reported as done.
@@ -263,6 +286,10 @@ impl Io for DryIo {
 
     async fn open(&self, path: &Path) -> io::Result<DryFile> {
         Ok(DryFile { file: File::open(path)?, progress: self.progress.clone() })
+    }
+
+    async fn open_for_sync(&self, path: &Path) -> io::Result<DryFile> {
+        self.open(path).await
     }
 
     async fn create(&self, _path: &Path, _bytes: u64) -> io::Result<DryFile> {

@@ -367,6 +367,44 @@ fn a_journal_that_rolled_and_wrote_nothing_goes_on_behind_the_cut() {
     }
 }
 
+/// Nothing but the cut says that the last block before it was durable.
+#[test]
+fn damage_right_before_a_cut_is_no_torn_tail() {
+    for lost in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let config = StoreConfig { segments_spare: 0, ..small(dir.path()) };
+        run(async {
+            let io = FaultyIo::new();
+            let f = open_with(io.clone(), dir.path(), config.clone()).await;
+            let slot = slot(&f, 1);
+            for seed in 0..2 {
+                f.append(slot, seed, 1, 100);
+                f.flushed(seed as usize + 1).await;
+            }
+            fail_a_write(&f, &io, slot, 2..3).await;
+            while f.store.figures().segments_spare == 0 {
+                drava_runtime::yield_now().await;
+            }
+            f.store.close().await;
+        });
+        let (path, position) = items(dir.path(), is_block)[1].clone();
+        flip(&path, position + 70);
+        if lost {
+            std::fs::remove_dir_all(dir.path().join("index")).unwrap();
+        }
+        run(async {
+            let f = open(dir.path(), config.clone()).await;
+            assert_eq!((f.recovered.damaged.len(), f.recovered.torn), (1, None), "index lost: {lost}");
+            assert_eq!(f.recovered.damaged[0].start_position, position);
+            let slot = slot(&f, 1);
+            assert_eq!(f.append(slot, 9, 1, 100), 2, "offset 1 was given out before");
+            f.flushed(1).await;
+            assert_eq!(f.read_all(slot, 0).await, (vec![(0, 0), (2, 9)], vec![1..2]));
+            f.store.close().await;
+        });
+    }
+}
+
 /// The segment that took over is taken over itself, with the same block.
 #[test]
 fn a_journal_that_failed_again_before_it_wrote_goes_on_behind_both_cuts() {
@@ -623,6 +661,55 @@ fn a_lost_segment_header_does_not_lose_what_only_the_journal_has() {
             let (batches, damaged) = f.read_all(slot(&f, 1), 0).await;
             assert_eq!(batches, [(0, 0), (1, 1), (2, 2)][gone..], "{zeros} zeros");
             assert_eq!(damaged.len(), gone, "{zeros} zeros");
+            f.store.close().await;
+        });
+    }
+}
+
+/// The index counts on what is gone until it is deleted. It must not be taken from a segment with the same number.
+#[test]
+fn what_is_written_after_a_segment_is_gone_is_not_let_go_with_it() {
+    for zeroed in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let config = StoreConfig { index_flush_bytes: 512 << 10, ..small(dir.path()) };
+        run(async {
+            let f = open(dir.path(), config.clone()).await;
+            for seed in 0..100 {
+                f.append(slot(&f, 1), seed, 1, 8000);
+            }
+            f.flushed(100).await;
+            f.store.seal().await.unwrap();
+            f.store.close().await;
+        });
+        let gone = items(dir.path(), is_block)[0].0.clone();
+        if zeroed {
+            std::fs::write(&gone, vec![0; 1 << 20]).unwrap();
+        } else {
+            std::fs::remove_file(&gone).unwrap();
+        }
+        run(async {
+            let f = open(dir.path(), config.clone()).await;
+            let (old, kept) = (slot(&f, 1), slot(&f, 2));
+            assert_eq!(f.read_all(old, 0).await, (vec![], vec![0..100]), "zeroed: {zeroed}");
+            for seed in 0..400 {
+                f.append(kept, seed, 1, 8000);
+            }
+            f.flushed(400).await;
+            f.store.delete_partition(old).await.unwrap();
+            let retention_bytes = Some(1 << 20);
+            let passing =
+                f.store.open_partition(PartitionId(3), PartitionLimits { retention_bytes, ..Default::default() });
+            let mut flushed = 400;
+            while f.store.figures().segments_recycled < 3 {
+                for _ in 0..50 {
+                    f.append(passing, flushed as u64, 1, 8000);
+                    flushed += 1;
+                }
+                f.flushed(flushed).await;
+                drava_runtime::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+            let expected: Vec<_> = (0..400).map(|offset| (offset, offset)).collect();
+            assert_eq!(f.read_all(kept, 0).await, (expected, vec![]), "zeroed: {zeroed}");
             f.store.close().await;
         });
     }

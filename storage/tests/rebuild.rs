@@ -6,8 +6,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use common::{Fixture, open, random, run, small};
+use common::{Fixture, items, open, random, run, small};
 use drava_protocol::PartitionId;
+use drava_storage::dump::ItemKind;
+use drava_storage::verify::verify;
 use drava_storage::{PartitionLimits, PartitionSlot, Recovered, StoreConfig};
 
 const KEEP: PartitionLimits = PartitionLimits { retention_age: None, retention_bytes: Some(2 << 20), ..FOR_EVER };
@@ -245,6 +247,36 @@ fn what_was_compacted_is_found_in_its_new_place() {
                 assert_eq!(batches, before[id as usize - 1], "partition {id}");
             }
             f.store.seal().await.unwrap();
+            f.store.close().await;
+        });
+    }
+}
+
+/// What the last messages of a partition were, nothing says any more. That blocks are gone must be said.
+#[test]
+fn a_deleted_segment_is_told_when_the_index_is_lost_as_well() {
+    let is_block = |kind: &ItemKind| matches!(kind, ItemKind::Block(_));
+    for deleted in ["the first", "one in the middle"] {
+        let dir = tempfile::tempdir().unwrap();
+        run(async {
+            let f = open(dir.path(), config(dir.path())).await;
+            for id in [1, 2] {
+                let slot = f.store.open_partition(PartitionId(id), FOR_EVER);
+                fill(&f, slot, 150).await;
+            }
+            f.store.close().await;
+        });
+        let verified = || verify(&dir.path().join("shard"), None, |_| {}).unwrap();
+        assert!(!verified().is_damaged());
+        let blocks = items(dir.path(), is_block).len() as u64;
+        let sequence = if deleted == "the first" { 1 } else { blocks / 2 };
+        let place = items(dir.path(), |kind| matches!(kind, ItemKind::Block(h) if h.id.sequence == sequence));
+        std::fs::remove_file(&place[0].0).unwrap();
+        assert_eq!(verified().findings.len(), 1, "{deleted}");
+        std::fs::remove_dir_all(dir.path().join("index")).unwrap();
+        run(async {
+            let f = open(dir.path(), config(dir.path())).await;
+            assert_eq!(f.recovered.damaged.len(), 1, "{deleted}: {:?}", f.recovered.damaged);
             f.store.close().await;
         });
     }

@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use common::{Fixture, Sink, run, small};
+use common::{Fixture, Sink, items_in, run, small};
 use drava_protocol::{PartitionId, ShardId};
+use drava_storage::dump::ItemKind;
 use drava_storage::foreign::{self, Drained, Holders, StoreId};
 use drava_storage::reshard::{self, Moved};
 use drava_storage::{ForeignStores, GlommioIo, Index, IndexDb, PartitionLimits, PartitionSlot, Store, StoreConfig};
@@ -367,6 +368,43 @@ fn a_new_store_whose_header_is_lost_before_its_first_message_keeps_what_is_writt
         node.stop(false).await;
         std::fs::remove_dir_all(dir.path().join("index")).unwrap();
         node.open_with_holders(None).await;
+        node.stop(true).await;
+    });
+}
+
+/// Whoever reads it without an index would take the first block of a burst that is there for the first of all.
+#[test]
+fn a_new_store_without_rows_does_not_begin_with_a_burst() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let mut node = Node::new(dir.path(), 1);
+        node.ids = 1..2;
+        node.open().await;
+        node.write(3).await;
+        node.stop(true).await;
+        node.layout = node.prepare(2).await.0;
+        node.open().await;
+        let empty = &node.shards[1];
+        let slot = empty.store.open_partition(PartitionId(2), PartitionLimits::default());
+        for seed in 0..4 {
+            empty.append(slot, seed, 1, 40_000);
+        }
+        empty.flushed(4).await;
+        let store_dir = node.store_dir(node.layout.stores[1]);
+        node.stop(false).await;
+        let is_burst =
+            |kind: &ItemKind| matches!(kind, ItemKind::Block(h) if h.id.durable_sequence + 2 < h.id.sequence);
+        assert!(!items_in(&store_dir, is_burst).is_empty(), "blocks were in flight beside one another");
+        // The power went, and the first blocks of the burst had not come to the disk yet.
+        let early = |kind: &ItemKind| matches!(kind, ItemKind::Block(h) if 1 < h.id.sequence && h.id.sequence < 4);
+        for (path, position) in items_in(&store_dir, early) {
+            let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&file, &[0; 4096], position).unwrap();
+        }
+        std::fs::remove_dir_all(dir.path().join("index")).unwrap();
+        node.open_with_holders(None).await;
+        let recovered = &node.shards[1].recovered;
+        assert!(recovered.damaged.is_empty() && recovered.partitions.is_empty(), "{recovered:?}");
         node.stop(true).await;
     });
 }

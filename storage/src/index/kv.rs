@@ -15,6 +15,9 @@ pub type Visit<'a> = dyn FnMut(&[u8], &[u8]) -> ControlFlow<()> + 'a;
 
 /// One family. Blocking; used by one thread at a time.
 pub trait Kv: Send + 'static {
+    /// The same family, for another thread that only reads: it sees every batch that was written before it began to look.
+    fn reader(&self) -> Box<dyn Kv>;
+
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, IndexError>;
 
     /// Visits rows from `from` on.

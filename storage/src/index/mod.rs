@@ -1,7 +1,8 @@
 //! The index: where extents lie, what the ledgers are, the rows of state. One family of a key-value store ([`kv`]) per
 //! shard, without a write-ahead log: the journal is that log.
 //!
-//! The store blocks, so each shard has a worker for its family, which [`Io`] runs on a thread. Requests go to it through
+//! The store blocks, so each shard has workers for its family, which [`Io`] runs on threads: one that serves, and one of low
+//! priority that goes through all extents for compaction. Requests go to it through
 //! a channel and answers come back as messages. Every batch carries the position in the journal that it covers, in the
 //! same atomic write, so that what is on disk after a crash says itself from where to replay. Source:
 //! `storage/README.md`, "Index".
@@ -22,9 +23,9 @@ use drava_runtime::foreign::{Inbox, InboxSender, Reply, ReplySender, inbox, repl
 pub(crate) use self::rebuild::{RebuildRows, SavedRows};
 pub use self::rocks::IndexDb;
 
-pub(crate) use self::compact::{ExtentKey, Move, MoveBatch};
+pub(crate) use self::compact::{ExtentKey, Move, MoveBatch, Scanned};
 
-use self::compact::{Moved, Scanned};
+use self::compact::Moved;
 use self::kv::{Kv, KvBatch};
 use crate::block::ExtentHeader;
 use crate::damage::{Damage, DamageRow};
@@ -307,14 +308,25 @@ enum Request {
     },
 }
 
-/// The shard's side of the index. The worker ends when this is dropped and its work is done.
+/// The shard's side of the index. Its workers end when this is dropped and their work is done.
 #[derive(Clone)]
 pub(crate) struct IndexThread {
     requests: InboxSender<Request>,
+    scans: InboxSender<Request>,
+}
+
+/// What a worker is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IndexRole {
+    /// Writes, and reads that somebody waits for.
+    Serve,
+    /// Going through all extents, which can wait: it takes seconds of a core that others want.
+    Scan,
 }
 
 /// The other side: serves the requests one after the other. Whoever runs it drops it at the end.
 pub struct IndexWorker {
+    role: IndexRole,
     // Dropped first: whoever is told of the end may want to open the database again.
     family: Family,
     requests: Inbox<Request>,
@@ -327,6 +339,10 @@ pub struct IndexRequest(Request);
 impl IndexWorker {
     pub fn name(&self) -> &str {
         &self.family.name
+    }
+
+    pub fn role(&self) -> IndexRole {
+        self.role
     }
 
     /// The next request; `None`: there will be none.
@@ -357,11 +373,16 @@ impl IndexWorker {
 
 impl IndexThread {
     pub(crate) fn start(io: &impl Io, index: Index) -> Result<IndexThread, IndexError> {
-        let (requests, inbox) = inbox();
-        let family = Family { name: index.name, kv: index.kv, segments: BTreeMap::new(), foreign: BTreeMap::new() };
-        let worker = IndexWorker { family, requests: inbox, stopped: None };
-        io.start_index(worker).map_err(|error| IndexError::Thread(error.to_string()))?;
-        Ok(IndexThread { requests })
+        let Index { name, kv } = index;
+        let start = |role, kv| {
+            let (requests, inbox) = inbox();
+            let family = Family { name: name.clone(), kv, segments: BTreeMap::new(), foreign: BTreeMap::new() };
+            let worker = IndexWorker { role, family, requests: inbox, stopped: None };
+            let started = io.start_index(worker).map(|()| requests);
+            started.map_err(|error| IndexError::Thread(error.to_string()))
+        };
+        let scans = start(IndexRole::Scan, kv.reader())?;
+        Ok(IndexThread { requests: start(IndexRole::Serve, kv)?, scans })
     }
 
     pub(crate) async fn load(&self) -> Result<Loaded, IndexError> {
@@ -397,18 +418,21 @@ impl IndexThread {
         self.ask(Request::Since { partition, start_offset, end_offset, time_ms, reply: sender }, reply).await
     }
 
-    /// Ends the worker after what was asked before; it lets go of the database.
+    /// Ends the workers after what was asked before; they let go of the database.
     pub(crate) async fn stop(&self) {
-        let (sender, reply) = reply();
-        if self.requests.send(Request::Stop(sender)).is_ok() {
-            // Without an answer it has ended already.
-            let _ended = reply.await;
+        for worker in [&self.scans, &self.requests] {
+            let (sender, reply) = reply();
+            if worker.send(Request::Stop(sender)).is_ok() {
+                // Without an answer it has ended already.
+                let _ended = reply.await;
+            }
         }
     }
 
     async fn ask<T>(&self, request: Request, reply: Reply<Result<T, IndexError>>) -> Result<T, IndexError> {
         let gone = || IndexError::Thread("it has ended".into());
-        self.requests.send(request).map_err(|_| gone())?;
+        let worker = if matches!(request, Request::Scan { .. }) { &self.scans } else { &self.requests };
+        worker.send(request).map_err(|_| gone())?;
         reply.await.ok_or_else(gone)?
     }
 }
@@ -900,7 +924,9 @@ impl SegmentRow {
         let kind = match value.first() {
             // Written before there were compacted segments.
             None => SegmentKind::Journal,
-            Some(&byte) => SegmentKind::from_byte(byte).ok_or(IndexError::Row("the kind of a segment is not known"))?,
+            Some(&byte) => {
+                SegmentKind::from_byte(byte).ok_or_else(|| IndexError::Row("the kind of a segment is not known"))?
+            }
         };
         Ok(SegmentRow { generation, live_bytes, kind })
     }
@@ -941,7 +967,7 @@ fn in_order(start_offset: u64, end_offset: u64) -> Result<(), IndexError> {
 }
 
 fn take<const N: usize>(bytes: &mut &[u8]) -> Result<[u8; N], IndexError> {
-    let (head, rest) = bytes.split_first_chunk::<N>().ok_or(IndexError::Row("a row is cut"))?;
+    let (head, rest) = bytes.split_first_chunk::<N>().ok_or_else(|| IndexError::Row("a row is cut"))?;
     *bytes = rest;
     Ok(*head)
 }

@@ -64,6 +64,10 @@ fn apply(rows: &mut BTreeMap<Vec<u8>, Vec<u8>>, batch: KvBatch) {
 }
 
 impl Kv for ModelKv {
+    fn reader(&self) -> Box<dyn Kv> {
+        Box::new(self.clone())
+    }
+
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, IndexError> {
         Ok(self.model().rows.get(key).cloned())
     }

@@ -88,13 +88,30 @@ fn is_unusable(error: &rocksdb::Error) -> bool {
     }
 }
 
+/// On a thread whose turns are short: those that the database starts for its own work take after it.
 fn open_db(path: &Path, stores: &[StoreId]) -> Result<DB, rocksdb::Error> {
+    std::thread::scope(|scope| {
+        let opening = scope.spawn(|| {
+            drava_runtime::priority::run_in_short_turns();
+            open_db_here(path, stores)
+        });
+        opening.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn open_db_here(path: &Path, stores: &[StoreId]) -> Result<DB, rocksdb::Error> {
     let mut options = Options::default();
     options.create_if_missing(true);
     options.create_missing_column_families(true);
     options.set_max_open_files(OPEN_FILES_MAX);
     options.set_max_file_opening_threads(1);
     options.set_max_background_jobs(2);
+    // What brings tables together can wait, and takes seconds of a core at a time. It shares no lock with an executor.
+    let mut env = rocksdb::Env::new()?;
+    env.lower_thread_pool_cpu_priority();
+    options.set_env(&env);
+    // A table is not given to the disk all at once.
+    options.set_bytes_per_sync(1 << 20);
     options.set_keep_log_file_num(2);
     options.set_max_log_file_size(1 << 20);
     options.set_log_level(rocksdb::LogLevel::Error);
@@ -108,6 +125,8 @@ fn open_db(path: &Path, stores: &[StoreId]) -> Result<DB, rocksdb::Error> {
         options.set_max_write_buffer_number(2);
         options.set_compression_type(rocksdb::DBCompressionType::Lz4);
         options.set_target_file_size_base(16 << 20);
+        // Rows all over the family change at once when extents are moved: less is written again for them.
+        options.set_max_bytes_for_level_base(64 << 20);
         let mut table = rocksdb::BlockBasedOptions::default();
         table.set_block_cache(&cache);
         table.set_cache_index_and_filter_blocks(true);
@@ -141,6 +160,10 @@ impl RocksKv {
 }
 
 impl Kv for RocksKv {
+    fn reader(&self) -> Box<dyn Kv> {
+        Box::new(self.clone())
+    }
+
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, IndexError> {
         Ok(self.db.db.get_cf(self.handle()?, key)?)
     }

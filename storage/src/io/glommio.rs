@@ -9,7 +9,7 @@ use drava_runtime::file::{DmaBuffer, DmaFile, OpenOptions, ReadResult, allocate_
 use drava_runtime::io_error;
 
 use super::{ALIGNMENT, DURABLE_WRITES, File, Io};
-use crate::index::IndexWorker;
+use crate::index::{IndexRole, IndexWorker};
 
 /// The disk and the clock of the machine, on a glommio executor.
 #[derive(Clone, Debug)]
@@ -29,9 +29,9 @@ impl Default for GlommioIo {
     }
 }
 
-fn options() -> OpenOptions {
+fn options(durable_writes: bool) -> OpenOptions {
     let mut options = OpenOptions::new();
-    options.read(true).write(true).custom_flags(if DURABLE_WRITES { libc::O_DSYNC } else { 0 });
+    options.read(true).write(true).custom_flags(if durable_writes { libc::O_DSYNC } else { 0 });
     options
 }
 
@@ -52,11 +52,15 @@ impl Io for GlommioIo {
     }
 
     async fn open(&self, path: &Path) -> io::Result<GlommioFile> {
-        options().dma_open(path).await.map(GlommioFile).map_err(io_error)
+        options(DURABLE_WRITES).dma_open(path).await.map(GlommioFile).map_err(io_error)
+    }
+
+    async fn open_for_sync(&self, path: &Path) -> io::Result<GlommioFile> {
+        options(false).dma_open(path).await.map(GlommioFile).map_err(io_error)
     }
 
     async fn create(&self, path: &Path, bytes: u64) -> io::Result<GlommioFile> {
-        let file = options().create_new(true).dma_open(path).await.map_err(io_error)?;
+        let file = options(DURABLE_WRITES).create_new(true).dma_open(path).await.map_err(io_error)?;
         file.pre_allocate(bytes, false).await.map_err(io_error)?;
         file.fdatasync().await.map_err(io_error)?;
         Ok(GlommioFile(file))
@@ -125,8 +129,14 @@ impl Io for GlommioIo {
     }
 
     fn start_index(&self, worker: IndexWorker) -> io::Result<()> {
-        let name = format!("ix-{}", worker.name());
+        let (name, can_wait) = match worker.role() {
+            IndexRole::Serve => (format!("ix-{}", worker.name()), false),
+            IndexRole::Scan => (format!("scan-{}", worker.name()), true),
+        };
         let work = move || {
+            if can_wait {
+                drava_runtime::priority::run_in_short_turns();
+            }
             if let Err(panic) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || worker.run())) {
                 drava_runtime::task::stop_after_panic(&*panic);
             }

@@ -239,6 +239,10 @@ impl Io for FaultyIo {
         Ok(self.file(path, self.disk.open(path).await?))
     }
 
+    async fn open_for_sync(&self, path: &Path) -> std::io::Result<FaultyFile> {
+        Ok(self.file(path, self.disk.open_for_sync(path).await?))
+    }
+
     async fn create(&self, path: &Path, bytes: u64) -> std::io::Result<FaultyFile> {
         Ok(self.file(path, self.disk.create(path, bytes).await?))
     }
@@ -362,7 +366,11 @@ impl FaultyFile {
 
 /// The segments of the shard, by name.
 pub fn segment_files(dir: &Path) -> Vec<PathBuf> {
-    let mut files: Vec<_> = std::fs::read_dir(dir.join("shard")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files_in(&dir.join("shard"))
+}
+
+fn files_in(dir: &Path) -> Vec<PathBuf> {
+    let mut files: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
     files
 }
@@ -379,8 +387,13 @@ pub fn flip(path: &Path, position: u64) {
 
 /// Position and file of every item of the given kind in all segments, in the order of blocks.
 pub fn items(dir: &Path, pick: impl Fn(&drava_storage::dump::ItemKind) -> bool) -> Vec<(PathBuf, u64)> {
+    items_in(&dir.join("shard"), pick)
+}
+
+/// In the directory of a store.
+pub fn items_in(dir: &Path, pick: impl Fn(&drava_storage::dump::ItemKind) -> bool) -> Vec<(PathBuf, u64)> {
     let mut found = Vec::new();
-    for path in segment_files(dir) {
+    for path in files_in(dir) {
         let mut sequence = 0;
         for item in drava_storage::dump::segment(&path).unwrap() {
             let item = item.unwrap();

@@ -361,6 +361,10 @@ impl Io for Disk {
         self.file(path).map(MemoryFile)
     }
 
+    async fn open_for_sync(&self, path: &Path) -> io::Result<MemoryFile> {
+        self.open(path).await
+    }
+
     async fn create(&self, path: &Path, bytes: u64) -> io::Result<MemoryFile> {
         assert!(bytes <= SEGMENT_BYTES, "a file of {bytes} bytes");
         let file = Rc::new(RefCell::new(vec![0; bytes as usize]));
