@@ -6,7 +6,6 @@
 //! - [`local`] has the channels between tasks of one executor: no lock, no atomic.
 //! - [`foreign`] has the channels between an executor and ordinary threads.
 //! - [`memory`] tells the allocator to keep what is freed.
-//! - [`priority`] is for threads whose work can wait.
 //! - [`time`] has timers that do not starve other tasks.
 //! - [`net`], [`mod@file`] and [`mesh`] are glommio's own.
 
@@ -15,7 +14,6 @@ pub mod executor;
 pub mod foreign;
 pub mod local;
 pub mod memory;
-pub mod priority;
 pub mod task;
 pub mod time;
 

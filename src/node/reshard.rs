@@ -139,11 +139,8 @@ fn seal(config: &NodeConfig, data_dir: &DataDir) -> Result<(), ReshardError> {
     let foreign = Some(draining(data_dir)).filter(|dirs| !dirs.is_empty()).map(unheard);
     for (&store, index) in stores.iter().zip(indexes(data_dir, &stores)?) {
         let store_config = StoreConfig { foreign: foreign.clone(), ..store_config(config, data_dir, store) };
-        let executor = |source| ReshardError::Executor { store, source };
-        let sealing = Executor::start(ExecutorConfig::new("reshard", None), move || {
-            reshard::seal(GlommioIo::new(), store_config, index, derive_producers)
-        });
-        let sealed = sealing.map_err(executor)?.join().map_err(executor)?;
+        let seal = move || reshard::seal(GlommioIo::new(), store_config, index, derive_producers);
+        let sealed = on_executor(seal).map_err(|source| ReshardError::Executor { store, source })?;
         let recovered = sealed.map_err(|source| ReshardError::Seal { store, source })?;
         for range in recovered.damaged {
             tracing::error!(%store, ?range, "part of the journal is damaged and quarantined; the rest is served");
@@ -163,14 +160,18 @@ fn anchor(config: &NodeConfig, data_dir: &DataDir, layout: &Layout) -> Result<()
     let foreign = Some(unheard(dirs));
     for (&store, index) in stores.iter().zip(indexes(data_dir, &all)?.into_iter().skip(old)) {
         let store_config = StoreConfig { foreign: foreign.clone(), ..store_config(config, data_dir, store) };
-        let executor = |source| ReshardError::Executor { store, source };
-        let anchoring = Executor::start(ExecutorConfig::new("reshard", None), move || {
-            reshard::anchor(GlommioIo::new(), store_config, index)
-        });
-        let anchored = anchoring.map_err(executor)?.join().map_err(executor)?;
+        let anchor = move || reshard::anchor(GlommioIo::new(), store_config, index);
+        let anchored = on_executor(anchor).map_err(|source| ReshardError::Executor { store, source })?;
         anchored.map_err(|source| ReshardError::Anchor { store, source })?;
     }
     Ok(())
+}
+
+/// Runs one step on a thread of its own, to its end.
+fn on_executor<T: Send + 'static, F: Future<Output = T> + 'static>(
+    step: impl FnOnce() -> F + Send + 'static,
+) -> std::io::Result<T> {
+    Executor::start(ExecutorConfig::new("reshard", None), step)?.join()
 }
 
 /// Copies the rows of the stores of today to new families.

@@ -62,7 +62,7 @@ const PASS_WINDOWS: u64 = 2;
 /// A pass over garbage must win at least this many segments.
 const GAIN_SEGMENTS_MIN: u64 = 2;
 /// A disk that takes longer for a write of the journal is left alone,
-const LATE: Duration = Duration::from_millis(2);
+const LATE: Duration = Duration::from_millis(5);
 /// for this long at a time,
 const PAUSE: Duration = Duration::from_millis(5);
 /// and for so many pauses: under a load that never ends compaction goes on, slowly.
@@ -627,9 +627,15 @@ impl<'a, I: Io, T: 'static> Pass<'a, I, T> {
         if self.output.is_none() {
             let segment = self.inner.journal.segment_for_compaction().await;
             let (segment, generation, bytes) = segment.ok_or(CompactError::NoRoom)?;
-            let file = self.inner.journal.open_compacted(segment).await;
+            let file = match self.inner.journal.open_compacted(segment).await {
+                Ok(file) => file,
+                Err(source) => {
+                    self.inner.journal.seal_compacted(segment);
+                    return Err(CompactError::Write { segment: segment.0, source });
+                }
+            };
             self.output = Some(Output {
-                file: file.map_err(|source| CompactError::Write { segment: segment.0, source })?,
+                file,
                 segment,
                 generation,
                 bytes,

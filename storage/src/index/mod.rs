@@ -1,11 +1,10 @@
 //! The index: where extents lie, what the ledgers are, the rows of state. One family of a key-value store ([`kv`]) per
 //! shard, without a write-ahead log: the journal is that log.
 //!
-//! The store blocks, so each shard has workers for its family, which [`Io`] runs on threads: one that serves, and one of low
-//! priority that goes through all extents for compaction. Requests go to it through
-//! a channel and answers come back as messages. Every batch carries the position in the journal that it covers, in the
-//! same atomic write, so that what is on disk after a crash says itself from where to replay. Source:
-//! `storage/README.md`, "Index".
+//! The store blocks, so each shard has workers for its family, which [`Io`] runs on threads: one that serves, and one that
+//! goes through all extents for compaction. Requests go to them through channels and answers come back as messages. Every
+//! batch carries the position in the journal that it covers, in the same atomic write, so that what is on disk after a crash
+//! says itself from where to replay. Source: `storage/README.md`, "Index".
 
 mod compact;
 pub mod kv;
@@ -320,7 +319,7 @@ pub(crate) struct IndexThread {
 pub enum IndexRole {
     /// Writes, and reads that somebody waits for.
     Serve,
-    /// Going through all extents, which can wait: it takes seconds of a core that others want.
+    /// Going through all extents: nobody waits behind that.
     Scan,
 }
 

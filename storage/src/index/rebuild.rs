@@ -115,10 +115,7 @@ impl Family {
     /// it is passed by.
     fn saved_extents(&self, from: &[u8], bytes_max: usize, saved: &mut SavedRows) -> Result<usize, IndexError> {
         let mut bytes = 0;
-        let mut next = Some(from.max(&[TABLE_EXTENT]).to_vec());
-        if self.foreign.is_empty() {
-            next = None;
-        }
+        let mut next = (!self.foreign.is_empty()).then(|| from.max(&[TABLE_EXTENT]).to_vec());
         while let Some(start) = next.take() {
             self.rows(&[TABLE_EXTENT], &start, |key, value| {
                 if bytes_max <= bytes {

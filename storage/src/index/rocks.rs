@@ -88,18 +88,7 @@ fn is_unusable(error: &rocksdb::Error) -> bool {
     }
 }
 
-/// On a thread whose turns are short: those that the database starts for its own work take after it.
 fn open_db(path: &Path, stores: &[StoreId]) -> Result<DB, rocksdb::Error> {
-    std::thread::scope(|scope| {
-        let opening = scope.spawn(|| {
-            drava_runtime::priority::run_in_short_turns();
-            open_db_here(path, stores)
-        });
-        opening.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
-}
-
-fn open_db_here(path: &Path, stores: &[StoreId]) -> Result<DB, rocksdb::Error> {
     let mut options = Options::default();
     options.create_if_missing(true);
     options.create_missing_column_families(true);

@@ -129,14 +129,11 @@ impl Io for GlommioIo {
     }
 
     fn start_index(&self, worker: IndexWorker) -> io::Result<()> {
-        let (name, can_wait) = match worker.role() {
-            IndexRole::Serve => (format!("ix-{}", worker.name()), false),
-            IndexRole::Scan => (format!("scan-{}", worker.name()), true),
+        let name = match worker.role() {
+            IndexRole::Serve => format!("ix-{}", worker.name()),
+            IndexRole::Scan => format!("scan-{}", worker.name()),
         };
         let work = move || {
-            if can_wait {
-                drava_runtime::priority::run_in_short_turns();
-            }
             if let Err(panic) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || worker.run())) {
                 drava_runtime::task::stop_after_panic(&*panic);
             }
