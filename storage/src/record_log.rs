@@ -28,7 +28,7 @@ const BLOCK_BYTES_SHARED: usize = 1 << 20;
 const POOL_FREE_BYTES_MAX: usize = 1 << 20;
 const RECORD_HEADER_BYTES: usize = 8;
 /// Written where a shard's journal has the shard.
-const SHARD: ShardId = ShardId(u16::MAX);
+pub(crate) const SHARD: ShardId = ShardId(u16::MAX);
 /// All records belong to one ledger.
 const LEDGER: LedgerId = LedgerId { partition: PartitionId(0), sequence: 0 };
 
@@ -257,6 +257,11 @@ impl Visitor for Found {
 
     fn lost(&mut self, _extent: &ExtentHeader) {
         // A damaged log is not opened at all.
+    }
+
+    fn may_be_gone(&self) -> u64 {
+        // Behind the start the numbers of the records tell.
+        u64::MAX
     }
 }
 

@@ -20,6 +20,7 @@ use crate::block::{self, ExtentHeader, ExtentKind};
 use crate::checkpoint::LastWhole;
 use crate::index::IndexWorker;
 use crate::io::{ALIGNMENT, File as IoFile, Io};
+use crate::record_log;
 use crate::recovery::{self, Visited, Visitor};
 use crate::scrub;
 use crate::segment::{self, SegmentHeader, SegmentId, SegmentKind};
@@ -152,8 +153,8 @@ async fn verify_with(io: &DryIo, dir: &Path, only: Option<&[SegmentId]>) -> Resu
     let mut check = Check {
         verified: &mut verified,
         lost: Vec::new(),
-        // Of some segments nobody can say what lies between them.
-        last_whole: only.is_none().then(LastWhole::default),
+        // Of some segments nobody can say what lies between them, and a record log has no checkpoints.
+        last_whole: (only.is_none() && shard != record_log::SHARD).then(LastWhole::default),
     };
     let replayed = recovery::replay(io, dir, shard, &mut segments, None, &mut check).await?;
     let mut lost = check.lost;

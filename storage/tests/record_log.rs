@@ -3,6 +3,7 @@
 mod common;
 
 use common::run;
+use drava_storage::verify::verify;
 use drava_storage::{GlommioIo, RecordLog, RecordLogConfig, RecordPosition};
 
 const CONFIG: RecordLogConfig = RecordLogConfig { segment_bytes: 256 << 10, disk_reserve_bytes: 0 };
@@ -93,6 +94,7 @@ fn a_trimmed_log_reuses_its_segments_and_never_shows_what_was_trimmed() {
             next += 1;
             log.close().await;
         });
+        assert!(!verify(dir.path(), None, |_| {}).unwrap().is_damaged());
     }
     let files = std::fs::read_dir(dir.path()).unwrap().count();
     assert!(files <= 5, "{files} segments for what fits into one");
