@@ -923,9 +923,7 @@ impl SegmentRow {
         let kind = match value.first() {
             // Written before there were compacted segments.
             None => SegmentKind::Journal,
-            Some(&byte) => {
-                SegmentKind::from_byte(byte).ok_or_else(|| IndexError::Row("the kind of a segment is not known"))?
-            }
+            Some(&byte) => SegmentKind::from_byte(byte).ok_or(IndexError::Row("the kind of a segment is not known"))?,
         };
         Ok(SegmentRow { generation, live_bytes, kind })
     }
@@ -966,7 +964,7 @@ fn in_order(start_offset: u64, end_offset: u64) -> Result<(), IndexError> {
 }
 
 fn take<const N: usize>(bytes: &mut &[u8]) -> Result<[u8; N], IndexError> {
-    let (head, rest) = bytes.split_first_chunk::<N>().ok_or_else(|| IndexError::Row("a row is cut"))?;
+    let (head, rest) = bytes.split_first_chunk::<N>().ok_or(IndexError::Row("a row is cut"))?;
     *bytes = rest;
     Ok(*head)
 }
