@@ -13,11 +13,12 @@ use drava_sim::{STEPS, run};
 /// very first write (4734), compacted blocks that were not whole or not synced (5102, 7601); and what the oracle had to learn
 /// (18779, 28988, 33346); and with other numbers of shards: a new store whose empty journal was written over (33262), copies
 /// whose originals were damaged (33461, 207086), two failed writes in a row before a crash (67790), a new journal that began
-/// with a burst (83354), and damage right before a cut (88905). A change of the workload gives a seed another meaning; the
+/// with a burst (83354), damage right before a cut (88905), a mark over a header (720986), and a header that
+/// cannot be read of a segment used again since (866455). A change of the workload gives a seed another meaning; the
 /// list keeps what is cheap to keep.
-const SEEDS: [u64; 30] = [
+const SEEDS: [u64; 32] = [
     6, 11, 14, 131, 200, 276, 289, 306, 390, 541, 691, 943, 2333, 3681, 4734, 5102, 6201, 7601, 9048, 18779, 21797,
-    28988, 33262, 33346, 33461, 67790, 74419, 83354, 88905, 207086,
+    28988, 33262, 33346, 33461, 67790, 74419, 83354, 88905, 207086, 720986, 866455,
 ];
 const FRESH: u64 = 60;
 

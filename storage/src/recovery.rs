@@ -85,11 +85,12 @@ pub(crate) async fn survey<I: Io>(
                     let bytes = whole_bytes;
                     let mut cut_off_bytes = 0;
                     let cuts = head.as_ref().ok().map(|head| segment::decode_cuts(head));
-                    let (generation, kind) = match head.map(|head| segment::decode(&head)) {
-                        Ok(Ok(None)) => (0, SegmentKind::Journal),
+                    let mut unreadable = None;
+                    let stated = match head.map(|head| segment::decode(&head)) {
+                        Ok(Ok(None)) => None,
                         Ok(Ok(Some(header))) if header.shard == shard && header.segment == id => {
                             cut_off_bytes = header.bytes.saturating_sub(bytes);
-                            (header.generation, header.kind)
+                            Some((header.generation, header.kind))
                         }
                         Ok(Ok(Some(header))) => {
                             let reason = format!("it belongs to shard {} as {}", header.shard, header.segment);
@@ -100,27 +101,29 @@ pub(crate) async fn survey<I: Io>(
                         }
                         Ok(Err(error)) => {
                             tracing::error!(path = %path.display(), error = %error, "a segment header is unusable");
-                            known(id).unwrap_or_default()
+                            None
                         }
-                        // It may hold what was acknowledged. Whoever cannot read it must not take it for empty.
                         Err(error) => {
-                            let what = format!("read the header of {}", path.display());
-                            known(id).ok_or(OpenError::Io { what, source: error })?
+                            tracing::error!(path = %path.display(), error = %error, "a segment header cannot be read");
+                            unreadable = Some(error);
+                            None
                         }
                     };
-                    let mut use_of_it = (generation, kind);
-                    if generation == 0 {
+                    let mut use_of_it = stated;
+                    if stated.is_none() {
+                        // Whoever cannot read it must not take it for empty: it may hold what was acknowledged. The blocks say
+                        // what the header said, and so does the index, which may not know of the last use yet.
                         let found = use_by_blocks(&file, bytes, shard).await;
-                        // Whoever cannot read it must not take it for empty, here neither.
-                        if let Some(found) = found.map_err(open_error(format!("read {}", path.display())))? {
-                            // A header that was zeroed or cannot be believed; the blocks say what it said.
-                            tracing::error!(path = %path.display(), generation = found.0, "a segment has blocks and no header");
-                            use_of_it = found;
-                        } else if let Some(found) = known(id) {
-                            tracing::error!(path = %path.display(), generation = found.0, "a segment with entries is empty");
-                            use_of_it = found;
+                        let found = found.map_err(open_error(format!("read {}", path.display())))?;
+                        use_of_it = found.into_iter().chain(known(id)).max_by_key(|(generation, _)| *generation);
+                        if let Some((generation, _)) = use_of_it {
+                            tracing::error!(path = %path.display(), generation, "a segment in use has no header");
                         }
                     }
+                    if let (None, Some(source)) = (use_of_it, unreadable) {
+                        return Err(OpenError::Io { what: format!("read the header of {}", path.display()), source });
+                    }
+                    let use_of_it = use_of_it.unwrap_or_default();
                     let (generation, kind) = use_of_it;
                     let cuts = match cuts {
                         Some(Ok(cuts)) if 0 < generation => cuts,
