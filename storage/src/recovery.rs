@@ -85,7 +85,6 @@ pub(crate) async fn survey<I: Io>(
                     let bytes = whole_bytes;
                     let mut cut_off_bytes = 0;
                     let cuts = head.as_ref().ok().map(|head| segment::decode_cuts(head));
-                    let mut unreadable = None;
                     let stated = match head.map(|head| segment::decode(&head)) {
                         Ok(Ok(None)) => None,
                         Ok(Ok(Some(header))) if header.shard == shard && header.segment == id => {
@@ -103,16 +102,19 @@ pub(crate) async fn survey<I: Io>(
                             tracing::error!(path = %path.display(), error = %error, "a segment header is unusable");
                             None
                         }
+                        // It may hold what was acknowledged, and blocks of an older use alone would hide which generations were
+                        // given out: without an index nobody goes on.
+                        Err(source) if known(id).is_none() => {
+                            return Err(OpenError::Io { what: format!("read the header of {}", path.display()), source });
+                        }
                         Err(error) => {
                             tracing::error!(path = %path.display(), error = %error, "a segment header cannot be read");
-                            unreadable = Some(error);
                             None
                         }
                     };
                     let mut use_of_it = stated;
                     if stated.is_none() {
-                        // Whoever cannot read it must not take it for empty: it may hold what was acknowledged. The blocks say
-                        // what the header said, and so does the index, which may not know of the last use yet.
+                        // The blocks say what the header said, and so does the index, which may not know of the last use yet.
                         let found = use_by_blocks(&file, bytes, shard).await;
                         let found = found.map_err(open_error(format!("read {}", path.display())))?;
                         use_of_it = found.into_iter().chain(known(id)).max_by_key(|(generation, _)| *generation);
@@ -120,11 +122,7 @@ pub(crate) async fn survey<I: Io>(
                             tracing::error!(path = %path.display(), generation, "a segment in use has no header");
                         }
                     }
-                    if let (None, Some(source)) = (use_of_it, unreadable) {
-                        return Err(OpenError::Io { what: format!("read the header of {}", path.display()), source });
-                    }
-                    let use_of_it = use_of_it.unwrap_or_default();
-                    let (generation, kind) = use_of_it;
+                    let (generation, kind) = use_of_it.unwrap_or_default();
                     let cuts = match cuts {
                         Some(Ok(cuts)) if 0 < generation => cuts,
                         Some(Err(error)) if 0 < generation => {
