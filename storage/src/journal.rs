@@ -71,6 +71,19 @@ pub(crate) struct Segment<F> {
     pub(crate) cuts: Vec<Cut>,
     /// A write to it failed. It is removed when nobody needs it, not written again.
     pub(crate) suspect: bool,
+    /// Its header could not be read when the journal was opened: it may name a later use than this.
+    pub(crate) unread: bool,
+}
+
+/// Later than any use that a header could name which was not read at this start: each failed start may have made some.
+const UNREAD_GENERATIONS: u64 = 1 << 20;
+
+/// The highest generation that may have been given out. One that is given out twice makes the next start take one of the two
+/// segments for the other's place in the chain.
+pub(crate) fn highest_generation<F>(segments: &[Option<Segment<F>>]) -> u64 {
+    let highest = segments.iter().flatten().map(|segment| segment.generation).max().unwrap_or(0);
+    let unread = segments.iter().flatten().any(|segment| segment.unread);
+    highest + if unread { UNREAD_GENERATIONS } else { 0 }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -225,8 +238,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
         end: Option<JournalEnd>,
         woken: Rc<Notify>,
     ) -> Journal<I, P> {
-        let found = segments.iter().flatten().map(|segment| segment.generation).max().unwrap_or(0);
-        let generation = end.map_or(0, |end| end.generation).max(found);
+        let generation = end.map_or(0, |end| end.generation).max(highest_generation(&segments));
         let mut active = None;
         if let Some(end) = end {
             let slot = segments.get_mut(end.segment.0 as usize).and_then(Option::as_mut);
@@ -1104,6 +1116,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
             pinned: false,
             cuts: Vec::new(),
             suspect: false,
+            unread: false,
         });
         Ok(Some(id))
     }

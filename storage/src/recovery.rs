@@ -20,7 +20,7 @@ use drava_protocol::{ShardId, batch};
 use crate::block::{self, BlockHeader, BlockId, BlockWriter, EXTENT_HEADER_BYTES, ExtentHeader, ExtentKind};
 use crate::index::Covered;
 use crate::io::{ALIGNMENT, File, Io};
-use crate::journal::{JournalEnd, Role, Segment};
+use crate::journal::{JournalEnd, Role, Segment, highest_generation};
 use crate::rebuild::Rebuild;
 use crate::segment::{self, Cut, SegmentError, SegmentHeader, SegmentId, SegmentKind};
 use crate::store::{DamagedRange, LostRange, OpenError, TornTail};
@@ -84,6 +84,7 @@ pub(crate) async fn survey<I: Io>(
                     }
                     let bytes = whole_bytes;
                     let mut cut_off_bytes = 0;
+                    let unread = head.is_err();
                     let cuts = head.as_ref().ok().map(|head| segment::decode_cuts(head));
                     let stated = match head.map(|head| segment::decode(&head)) {
                         Ok(Ok(None)) => None,
@@ -102,8 +103,7 @@ pub(crate) async fn survey<I: Io>(
                             tracing::error!(path = %path.display(), error = %error, "a segment header is unusable");
                             None
                         }
-                        // It may hold what was acknowledged, and blocks of an older use alone would hide which generations were
-                        // given out: without an index nobody goes on.
+                        // It may hold what was acknowledged. Whoever cannot read it must not take it for empty.
                         Err(source) if known(id).is_none() => {
                             return Err(OpenError::Io { what: format!("read the header of {}", path.display()), source });
                         }
@@ -147,6 +147,7 @@ pub(crate) async fn survey<I: Io>(
                         pinned: false,
                         cuts,
                         suspect: false,
+                        unread,
                     };
                     Ok(Some((id, segment)))
                 }
@@ -582,7 +583,7 @@ async fn retire<I: Io>(
     listed: (u64, SegmentId),
 ) -> Result<(), OpenError> {
     let reader = Reader::open(io, dir, segments, listed, shard).await?;
-    let highest = segments.iter().flatten().map(|segment| segment.generation).max().unwrap_or(0);
+    let highest = highest_generation(segments);
     let Some(segment) = segments[listed.1.0 as usize].as_mut() else { return Ok(()) };
     segment.role = Role::Spare;
     segment.generation = highest + 1;
