@@ -9,8 +9,8 @@
 //! 2. In the order of the index again checksums are compared, and neighbours of one ledger joined. What does not verify
 //!    stays where it is, and so does its segment.
 //! 3. Blocks are written to a compacted segment, and synced some MiB at a time.
-//! 4. Of what is durable the index learns the new places, in a batch that moves an extent only where its row is still the one that was
-//!    copied: what was deleted meanwhile stays deleted.
+//! 4. Of what is durable the index learns the new places, in a batch that moves an extent only where its row is still the
+//!    one that was copied: what was deleted meanwhile stays deleted.
 //! 5. That batch is made durable. Only then the old extents count as dead, and their segments may be used again.
 //!
 //! A crash before 5 finds the old places in the index or the new ones, and both whole. Readers that planned with an old

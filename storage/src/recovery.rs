@@ -113,7 +113,7 @@ pub(crate) async fn survey<I: Io>(
                         }
                     };
                     let mut use_of_it = stated;
-                    if stated.is_none() {
+                    if use_of_it.is_none() {
                         // The blocks say what the header said, and so does the index, which may not know of the last use yet.
                         let found = use_by_blocks(&file, bytes, shard).await;
                         let found = found.map_err(open_error(format!("read {}", path.display())))?;
@@ -406,10 +406,12 @@ pub(crate) async fn replay<I: Io>(
         let here = !jump && later.position == position && later.ends.is_none();
         // Nothing bad was seen: what is missing was in segments that are not there.
         let absent = if jump { problem == Misfit::Nothing } else { here && position == segment::HEADER_BYTES };
-        let end_position = match () {
-            () if jump => reader.bytes,
-            () if here && !absent => later.position + later.block_bytes,
-            () => later.position,
+        let end_position = if jump {
+            reader.bytes
+        } else if here && !absent {
+            later.position + later.block_bytes
+        } else {
+            later.position
         };
         let sequences = chain.sequence.unwrap_or(1)..later.ends.unwrap_or(later.sequence);
         let mut skipped = vec![(at, position..end_position)];

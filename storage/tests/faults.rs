@@ -336,23 +336,40 @@ fn the_journal_rolls_after_a_failed_write_and_what_failed_stays_gone() {
     }
 }
 
-#[test]
-fn a_journal_that_rolled_and_wrote_nothing_goes_on_behind_the_cut() {
-    let dir = tempfile::tempdir().unwrap();
-    let config = StoreConfig { segments_spare: 0, ..small(dir.path()) };
+/// Writes bursts of so many entries, fails the writes behind them, and stops when the segment that takes over is ready.
+fn roll_and_write_nothing(
+    dir: &std::path::Path,
+    config: &StoreConfig,
+    (bursts, payload_bytes): (&[u64], usize),
+    failed: Range<u64>,
+    tear: Option<u64>,
+) {
     run(async {
         let io = FaultyIo::new();
-        let f = open_with(io.clone(), dir.path(), config.clone()).await;
+        let f = open_with(io.clone(), dir, config.clone()).await;
         let slot = slot(&f, 1);
-        f.append(slot, 0, 1, 100);
-        f.flushed(1).await;
-        io.tear.set(Some(3));
-        fail_a_write(&f, &io, slot, 1..3).await;
+        let mut count = 0;
+        for burst in bursts {
+            for seed in count..count + burst {
+                f.append(slot, seed, 1, payload_bytes);
+            }
+            count += burst;
+            f.flushed(count as usize).await;
+        }
+        io.tear.set(tear);
+        fail_a_write(&f, &io, slot, failed).await;
         while f.store.figures().segments_spare == 0 {
             drava_runtime::yield_now().await;
         }
         f.store.close().await;
     });
+}
+
+#[test]
+fn a_journal_that_rolled_and_wrote_nothing_goes_on_behind_the_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = StoreConfig { segments_spare: 0, ..small(dir.path()) };
+    roll_and_write_nothing(dir.path(), &config, (&[1], 100), 1..3, Some(3));
     for seed in 5..8 {
         run(async {
             let f = open(dir.path(), config.clone()).await;
@@ -367,41 +384,38 @@ fn a_journal_that_rolled_and_wrote_nothing_goes_on_behind_the_cut() {
     }
 }
 
-/// Nothing but the cut says that the last block before it was durable.
+/// Nothing but the cut says that a block before it was durable: the last, or one that was in flight with the last.
 #[test]
 fn damage_right_before_a_cut_is_no_torn_tail() {
-    for lost in [false, true] {
-        let dir = tempfile::tempdir().unwrap();
-        let config = StoreConfig { segments_spare: 0, ..small(dir.path()) };
-        run(async {
-            let io = FaultyIo::new();
-            let f = open_with(io.clone(), dir.path(), config.clone()).await;
-            let slot = slot(&f, 1);
-            for seed in 0..2 {
-                f.append(slot, seed, 1, 100);
-                f.flushed(seed as usize + 1).await;
+    // The two of the burst lie in two segments.
+    let across = [[1; 16].as_slice(), &[2]].concat();
+    for (bursts, payload_bytes, hurt) in [(&[1, 1][..], 100, 1), (&across, 60_000, 16)] {
+        for lost in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let config = StoreConfig { segments_spare: 0, ..small(dir.path()) };
+            let count = bursts.iter().sum();
+            roll_and_write_nothing(dir.path(), &config, (bursts, payload_bytes), count..count + 1, None);
+            let blocks = items(dir.path(), is_block);
+            let (path, position) = blocks[hurt as usize].clone();
+            assert_eq!(path == blocks[count as usize - 1].0, payload_bytes == 100, "of the second case there are two");
+            flip(&path, position + 70);
+            if lost {
+                std::fs::remove_dir_all(dir.path().join("index")).unwrap();
             }
-            fail_a_write(&f, &io, slot, 2..3).await;
-            while f.store.figures().segments_spare == 0 {
-                drava_runtime::yield_now().await;
-            }
-            f.store.close().await;
-        });
-        let (path, position) = items(dir.path(), is_block)[1].clone();
-        flip(&path, position + 70);
-        if lost {
-            std::fs::remove_dir_all(dir.path().join("index")).unwrap();
+            run(async {
+                let f = open(dir.path(), config.clone()).await;
+                let context = format!("block {hurt}, index lost: {lost}");
+                assert_eq!((f.recovered.damaged.len(), f.recovered.torn), (1, None), "{context}");
+                assert_eq!(f.recovered.damaged[0].start_position, position);
+                let slot = slot(&f, 1);
+                assert_eq!(f.append(slot, 99, 1, 100), count, "the offsets before were given out");
+                f.flushed(1).await;
+                let whole = (0..count).filter(|offset| *offset != hurt).map(|offset| (offset, offset));
+                let expected: Vec<_> = whole.chain([(count, 99)]).collect();
+                assert_eq!(f.read_all(slot, 0).await, (expected, vec![hurt..hurt + 1]), "{context}");
+                f.store.close().await;
+            });
         }
-        run(async {
-            let f = open(dir.path(), config.clone()).await;
-            assert_eq!((f.recovered.damaged.len(), f.recovered.torn), (1, None), "index lost: {lost}");
-            assert_eq!(f.recovered.damaged[0].start_position, position);
-            let slot = slot(&f, 1);
-            assert_eq!(f.append(slot, 9, 1, 100), 2, "offset 1 was given out before");
-            f.flushed(1).await;
-            assert_eq!(f.read_all(slot, 0).await, (vec![(0, 0), (2, 9)], vec![1..2]));
-            f.store.close().await;
-        });
     }
 }
 
@@ -664,6 +678,77 @@ fn a_lost_segment_header_does_not_lose_what_only_the_journal_has() {
             f.store.close().await;
         });
     }
+}
+
+/// The index of a new journal names no segment. A mark behind what was in flight must not go over a header.
+#[test]
+fn what_was_in_flight_in_a_new_journal_costs_no_header() {
+    use std::os::unix::fs::FileExt;
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let f = open(dir.path(), small(dir.path())).await;
+        f.store.seal().await.unwrap();
+        f.store.close().await;
+    });
+    run(async {
+        let f = open(dir.path(), small(dir.path())).await;
+        for seed in 0..4 {
+            f.append(slot(&f, 1), seed, 1, 40_000);
+        }
+        f.flushed(4).await;
+        f.store.close().await;
+    });
+    // The power went, and the first block of the burst had not come to the disk yet.
+    let (path, position) = items(dir.path(), is_block)[0].clone();
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(&[0; 4096], position).unwrap();
+    let header = std::fs::read(&path).unwrap()[..8].to_vec();
+    for count in 1..3 {
+        run(async {
+            let f = open(dir.path(), small(dir.path())).await;
+            assert!(f.recovered.damaged.is_empty(), "{:?}", f.recovered.damaged);
+            assert_eq!(std::fs::read(&path).unwrap()[..8], header, "the magic and version of a segment");
+            f.append(slot(&f, 1), count, 1, 100);
+            f.flushed(1).await;
+            let expected: Vec<_> = (1..=count).map(|seed| (seed - 1, seed)).collect();
+            assert_eq!(f.read_all(slot(&f, 1), 0).await, (expected, vec![]));
+            f.store.close().await;
+        });
+    }
+}
+
+/// It may name a use that nothing else tells of, as a segment made ready does.
+#[test]
+fn behind_a_header_that_cannot_be_read_no_generation_is_given_out_twice() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let f = open(dir.path(), small(dir.path())).await;
+        f.append(slot(&f, 1), 0, 1, 100);
+        f.flushed(1).await;
+        f.store.seal().await.unwrap();
+        f.store.close().await;
+    });
+    let (path, _) = items(dir.path(), is_block)[0].clone();
+    run(async {
+        let io = FaultyIo::new();
+        *io.lost_page.borrow_mut() = Some((path.clone(), 0));
+        let f = open_with(io, dir.path(), small(dir.path())).await;
+        for seed in 1..200 {
+            f.append(slot(&f, 1), seed, 1, 8000);
+        }
+        f.flushed(199).await;
+        assert_eq!(f.read_all(slot(&f, 1), 0).await.0.len(), 200);
+        f.store.close().await;
+    });
+    let far = |kind: &ItemKind| matches!(kind, ItemKind::Block(header) if 1 << 20 < header.id.generation);
+    assert!(!items(dir.path(), far).is_empty(), "the next segment is behind all that could have been");
+    run(async {
+        let f = open(dir.path(), small(dir.path())).await;
+        assert!(f.recovered.damaged.is_empty(), "{:?}", f.recovered.damaged);
+        let (batches, damaged) = f.read_all(slot(&f, 1), 0).await;
+        assert_eq!((batches.len(), damaged), (200, vec![]));
+        f.store.close().await;
+    });
 }
 
 /// The index counts on what is gone until it is deleted. It must not be taken from a segment with the same number.

@@ -55,6 +55,17 @@ impl Node {
         Node { dir: dir.to_owned(), layout, expected, shards: Vec::new(), slots, seed: 1, ids: 1..11 }
     }
 
+    /// Stopped, with two new stores: nothing is in the second.
+    async fn with_an_empty_store(dir: &Path) -> Node {
+        let mut node = Node::new(dir, 1);
+        node.ids = 1..2;
+        node.open().await;
+        node.write(3).await;
+        node.stop(true).await;
+        node.layout = node.prepare(2).await.0;
+        node
+    }
+
     fn store_dir(&self, store: StoreId) -> PathBuf {
         self.dir.join(format!("shard-{:03}", store.0))
     }
@@ -352,12 +363,7 @@ fn a_lost_index_is_made_anew_from_the_new_stores_alone() {
 fn a_new_store_whose_header_is_lost_before_its_first_message_keeps_what_is_written_then() {
     let dir = tempfile::tempdir().unwrap();
     run(async {
-        let mut node = Node::new(dir.path(), 1);
-        node.ids = 1..2;
-        node.open().await;
-        node.write(3).await;
-        node.stop(true).await;
-        node.layout = node.prepare(2).await.0;
+        let mut node = Node::with_an_empty_store(dir.path()).await;
         let empty = node.store_dir(node.layout.stores[1]);
         let segment = std::fs::read_dir(&empty).unwrap().next().unwrap().unwrap().path();
         let file = std::fs::OpenOptions::new().write(true).open(segment).unwrap();
@@ -377,12 +383,7 @@ fn a_new_store_whose_header_is_lost_before_its_first_message_keeps_what_is_writt
 fn a_new_store_without_rows_does_not_begin_with_a_burst() {
     let dir = tempfile::tempdir().unwrap();
     run(async {
-        let mut node = Node::new(dir.path(), 1);
-        node.ids = 1..2;
-        node.open().await;
-        node.write(3).await;
-        node.stop(true).await;
-        node.layout = node.prepare(2).await.0;
+        let mut node = Node::with_an_empty_store(dir.path()).await;
         node.open().await;
         let empty = &node.shards[1];
         let slot = empty.store.open_partition(PartitionId(2), PartitionLimits::default());

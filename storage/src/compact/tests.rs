@@ -96,20 +96,28 @@ async fn until(what: impl Fn() -> bool) {
 
 /// What a crash at this moment would leave, as another directory.
 fn as_after_a_crash(dir: &Path) -> tempfile::TempDir {
-    fn copy(from: &Path, to: &Path) {
-        std::fs::create_dir_all(to).unwrap();
-        for entry in std::fs::read_dir(from).unwrap() {
-            let (from, to) = (entry.as_ref().unwrap().path(), to.join(entry.unwrap().file_name()));
+    fn copy(from: &Path, to: &Path) -> std::io::Result<()> {
+        std::fs::create_dir_all(to)?;
+        let entries: Vec<_> = std::fs::read_dir(from)?.collect::<Result<_, _>>()?;
+        for entry in entries {
+            let (from, to) = (entry.path(), to.join(entry.file_name()));
             if from.is_dir() {
-                copy(&from, &to);
+                copy(&from, &to)?;
             } else {
-                std::fs::copy(&from, &to).unwrap();
+                std::fs::copy(&from, &to)?;
             }
         }
+        Ok(())
     }
-    let crashed = tempfile::tempdir().unwrap();
-    copy(dir, crashed.path());
-    crashed
+    loop {
+        let crashed = tempfile::tempdir().unwrap();
+        match copy(dir, crashed.path()) {
+            Ok(()) => return crashed,
+            // RocksDB deletes what it has merged when it likes to: what was copied by then is no moment's state.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => (),
+            Err(error) => panic!("{error}"),
+        }
+    }
 }
 
 async fn rows(f: &Fixture<FaultyIo>) -> Vec<(PartitionId, ExtentRow)> {

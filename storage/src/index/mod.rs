@@ -314,18 +314,9 @@ pub(crate) struct IndexThread {
     scans: InboxSender<Request>,
 }
 
-/// What a worker is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum IndexRole {
-    /// Writes, and reads that somebody waits for.
-    Serve,
-    /// Going through all extents: nobody waits behind that.
-    Scan,
-}
-
 /// The other side: serves the requests one after the other. Whoever runs it drops it at the end.
 pub struct IndexWorker {
-    role: IndexRole,
+    name: String,
     // Dropped first: whoever is told of the end may want to open the database again.
     family: Family,
     requests: Inbox<Request>,
@@ -336,12 +327,9 @@ pub struct IndexWorker {
 pub struct IndexRequest(Request);
 
 impl IndexWorker {
+    /// For its thread.
     pub fn name(&self) -> &str {
-        &self.family.name
-    }
-
-    pub fn role(&self) -> IndexRole {
-        self.role
+        &self.name
     }
 
     /// The next request; `None`: there will be none.
@@ -373,15 +361,16 @@ impl IndexWorker {
 impl IndexThread {
     pub(crate) fn start(io: &impl Io, index: Index) -> Result<IndexThread, IndexError> {
         let Index { name, kv } = index;
-        let start = |role, kv| {
+        let start = |work: &str, kv| {
             let (requests, inbox) = inbox();
             let family = Family { name: name.clone(), kv, segments: BTreeMap::new(), foreign: BTreeMap::new() };
-            let worker = IndexWorker { role, family, requests: inbox, stopped: None };
+            let worker = IndexWorker { name: format!("{work}-{name}"), family, requests: inbox, stopped: None };
             let started = io.start_index(worker).map(|()| requests);
             started.map_err(|error| IndexError::Thread(error.to_string()))
         };
-        let scans = start(IndexRole::Scan, kv.reader())?;
-        Ok(IndexThread { requests: start(IndexRole::Serve, kv)?, scans })
+        // Going through all extents takes seconds, and nobody waits behind that.
+        let scans = start("scan", kv.reader())?;
+        Ok(IndexThread { requests: start("ix", kv)?, scans })
     }
 
     pub(crate) async fn load(&self) -> Result<Loaded, IndexError> {

@@ -9,7 +9,7 @@ use drava_runtime::file::{DmaBuffer, DmaFile, OpenOptions, ReadResult, allocate_
 use drava_runtime::io_error;
 
 use super::{ALIGNMENT, DURABLE_WRITES, File, Io};
-use crate::index::{IndexRole, IndexWorker};
+use crate::index::IndexWorker;
 
 /// The disk and the clock of the machine, on a glommio executor.
 #[derive(Clone, Debug)]
@@ -129,10 +129,7 @@ impl Io for GlommioIo {
     }
 
     fn start_index(&self, worker: IndexWorker) -> io::Result<()> {
-        let name = match worker.role() {
-            IndexRole::Serve => format!("ix-{}", worker.name()),
-            IndexRole::Scan => format!("scan-{}", worker.name()),
-        };
+        let name = worker.name().to_owned();
         let work = move || {
             if let Err(panic) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || worker.run())) {
                 drava_runtime::task::stop_after_panic(&*panic);
