@@ -183,7 +183,8 @@ pub fn markdown(rows: &[Row]) -> String {
         text.push_str(&format!("| {id} | {what} | {value} | {limit} | {ratio} | {target} | {met} |\n"));
     }
     if let Some(row) = rows.first() {
-        text.push_str(&format!("\nOn {}, commit {}.\n", row.machine.show(), row.commit));
+        let commit = if row.commit.is_empty() { String::new() } else { format!(", commit {}", row.commit) };
+        text.push_str(&format!("\nOn {}{commit}.\n", row.machine.show()));
     }
     text
 }

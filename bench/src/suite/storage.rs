@@ -32,7 +32,7 @@ const BUSY: [&str; 2] = ["--storage-scrub-interval-s", "1"];
 /// Compaction looks for work ten seconds after a start. The tail is measured from then on.
 const COMPACTING_AFTER_S: f64 = 11.0;
 /// A tail is measured so often, in turns with the one it is compared with: a hiccup of the disk decides about each alone.
-const TURNS: usize = 3;
+const TURNS: usize = 5;
 
 impl Suite {
     /// Restart after kill -9, with as much of a journal as the disk has room for.
@@ -152,20 +152,20 @@ impl Suite {
         let bytes = if self.quick { 64u64 << 20 } else { 3 << 30 };
         let rate_msgs = self.publish_batch()?.0.published.map_or(0.0, |published| published.messages_per_s) / 8.0;
         let (mut idle, mut busy, mut worked) = (Vec::new(), Vec::new(), 0.0);
+        let mut running = self.start_with(1, &QUIET)?;
+        let messages = Some(bytes / u64::from(super::MESSAGE_BYTES));
+        let fill = LoadOptions {
+            topic: "quiet".to_owned(),
+            topics,
+            batch: 1,
+            in_flight: 256,
+            messages,
+            retention_bytes: 0,
+            ..self.load(&running)
+        };
+        self.drive(Kind::Produce, &fill)?;
         for turn in 0..2 * self.turns() {
             let is_busy = turn % 2 == 1;
-            let mut running = self.start_with(1, &QUIET)?;
-            let messages = Some(bytes / u64::from(super::MESSAGE_BYTES));
-            let fill = LoadOptions {
-                topic: "quiet".to_owned(),
-                topics,
-                batch: 1,
-                in_flight: 256,
-                messages,
-                retention_bytes: 0,
-                ..self.load(&running)
-            };
-            self.drive(Kind::Produce, &fill)?;
             let log = self.log_path();
             let options = if is_busy { &BUSY[..] } else { &QUIET[..] };
             running.restart_after_kill_with(&self.node_bin, 1, &log, options)?;
