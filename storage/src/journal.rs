@@ -71,7 +71,7 @@ pub(crate) struct Segment<F> {
     pub(crate) cuts: Vec<Cut>,
     /// A write to it failed. It is removed when nobody needs it, not written again.
     pub(crate) suspect: bool,
-    /// Its header could not be read when the journal was opened: it may name a later use than this.
+    /// Its header could not be read, or made no sense, when the journal was opened: it may have named a later use than this.
     pub(crate) unread: bool,
 }
 

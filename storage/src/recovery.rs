@@ -84,9 +84,10 @@ pub(crate) async fn survey<I: Io>(
                     }
                     let bytes = whole_bytes;
                     let mut cut_off_bytes = 0;
-                    let unread = head.is_err();
                     let cuts = head.as_ref().ok().map(|head| segment::decode_cuts(head));
-                    let stated = match head.map(|head| segment::decode(&head)) {
+                    let header = head.map(|head| segment::decode(&head));
+                    let unread = !matches!(header, Ok(Ok(_)));
+                    let stated = match header {
                         Ok(Ok(None)) => None,
                         Ok(Ok(Some(header))) if header.shard == shard && header.segment == id => {
                             cut_off_bytes = header.bytes.saturating_sub(bytes);
