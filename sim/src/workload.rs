@@ -224,6 +224,14 @@ fn producer_key(producer: u64) -> Vec<u8> {
 }
 
 impl Run {
+    /// What follows from replayed batches, and may be durable from here on.
+    fn derive(&self, found: &[RecoveredPartition], out: &mut StateBatch) {
+        self.oracle.borrow_mut().replayed(found);
+        for partition in found.iter().filter(|partition| !partition.replayed.is_empty()) {
+            collect_rows(partition.partition, &mut producers_of(partition), out);
+        }
+    }
+
     pub fn new(seed: u64, steps: u64, printed: bool) -> Rc<Run> {
         let world = World::new(seed, printed);
         let config = store_config(&world.random);
@@ -442,7 +450,8 @@ async fn try_open(run: &Rc<Run>) -> Result<Rc<Session>, Box<dyn std::error::Erro
     let indexes = SimIo(world.clone()).indexes(&layout.stores);
     for (shard, (&store, index)) in layout.stores.iter().zip(indexes).enumerate() {
         let config = config_of(&run.config.borrow(), store, foreign.clone());
-        let (store, recovered) = Store::open(SimIo(world.clone()), config, index).await?;
+        let derive = |found: &[RecoveredPartition], out: &mut StateBatch| run.derive(found, out);
+        let (store, recovered) = Store::open_with(SimIo(world.clone()), config, index, derive).await?;
         world.event(format_args!(
             "open: {} blocks replayed, damaged {:?}, torn {:?}",
             recovered.replayed_blocks, recovered.damaged, recovered.torn
@@ -505,13 +514,7 @@ async fn reshard(run: &Rc<Run>, shards: u16) -> Result<(), ReshardError> {
     let config = |layout: &Layout, store| config_of(&run.config.borrow(), store, layout.unheard());
     let mut all = Vec::new();
     for (&store, index) in old.stores.iter().zip(io.indexes(&old.stores)) {
-        let oracle = run.clone();
-        let derive = move |found: &[RecoveredPartition], out: &mut StateBatch| {
-            oracle.oracle.borrow_mut().replayed(found);
-            for partition in found.iter().filter(|partition| !partition.replayed.is_empty()) {
-                collect_rows(partition.partition, &mut producers_of(partition), out);
-            }
-        };
+        let derive = |found: &[RecoveredPartition], out: &mut StateBatch| run.derive(found, out);
         all.push(reshard::seal(io.clone(), config(&old, store), index, derive).await?);
     }
     run.oracle.borrow_mut().recovered(&all);

@@ -322,7 +322,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
                     let indexing = self.indexing.borrow();
                     indexing.flush_wanted || self.config.index_flush_bytes <= indexing.unflushed_bytes
                 };
-                let flush_due = flush_due && self.index_has_room().await;
+                let flush_due = flush_due && (!self.journal.is_full() || self.has_index_room().await);
                 if let Err(error) = self.send_index_batch(Some(&sink), flush_due, false).await {
                     tracing::error!(shard = self.config.shard.0, error = %error, "the index failed; the shard takes no more entries");
                     self.journal.fail(error);
@@ -333,10 +333,7 @@ impl<I: Io, T: 'static> Inner<I, T> {
 
     /// A flush of the index takes room, which is part of the reserve. Where others have eaten into that, it waits: the
     /// index would fail for good on a disk without any.
-    async fn index_has_room(&self) -> bool {
-        if !self.journal.is_full() {
-            return true;
-        }
+    pub(crate) async fn has_index_room(&self) -> bool {
         let free_bytes = self.io.free_bytes(&self.config.dir).await;
         free_bytes.is_ok_and(|free_bytes| self.config.disk_reserve_bytes / 2 <= free_bytes)
     }

@@ -216,6 +216,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
         index_rebuilt: rebuilt,
         rebuilt: made_anew,
     };
+    let is_long = config.index_flush_bytes <= recovered.replayed_bytes;
     let inner = Inner {
         pool: Rc::new(BufferPool::new(io.clone(), memory.buffers_bytes_max() as usize, memory.clone())),
         staging: RefCell::new(Staging::new(config.block_bytes_max)),
@@ -257,6 +258,10 @@ pub(crate) async fn open<I: Io, T: 'static>(
         io,
         foreign,
     };
+    // A node that is killed again and again soon after its start would replay more each time.
+    if is_long && inner.has_index_room().await {
+        inner.send_index_batch(None, true, false).await?;
+    }
     Ok((inner, recovered))
 }
 

@@ -22,7 +22,7 @@ use crate::index::Covered;
 use crate::io::{ALIGNMENT, File, Io};
 use crate::journal::{JournalEnd, Role, Segment, highest_generation};
 use crate::rebuild::Rebuild;
-use crate::segment::{self, Cut, SegmentError, SegmentHeader, SegmentId, SegmentKind};
+use crate::segment::{self, COUNTER_MAX, Cut, SegmentError, SegmentHeader, SegmentId, SegmentKind};
 use crate::store::{DamagedRange, LostRange, OpenError, TornTail};
 
 const CHUNK_BYTES: usize = 1 << 20;
@@ -124,6 +124,10 @@ pub(crate) async fn survey<I: Io>(
                         }
                     }
                     let (generation, kind) = use_of_it.unwrap_or_default();
+                    if COUNTER_MAX < generation {
+                        let reason = format!("generation {generation} is beyond all that are given out");
+                        return Err(OpenError::Segment { path, reason });
+                    }
                     let cuts = match cuts {
                         Some(Ok(cuts)) if 0 < generation => cuts,
                         Some(Err(error)) if 0 < generation => {

@@ -116,6 +116,9 @@ pub fn decode(bytes: &[u8]) -> Result<Option<SegmentHeader>, SegmentError> {
     }))
 }
 
+/// Generations and sequences go up by one from 1: no node comes this far, and one more is a number still.
+pub const COUNTER_MAX: u64 = 1 << 62;
+
 /// Blocks that do not count: a write failed, and the journal went on elsewhere from the last durable block.
 ///
 /// Blocks from `sequence` on, in segments of a generation from `from_generation` to below `generation`, may be whole on

@@ -221,6 +221,8 @@ pub enum OpenError {
     Segment { path: PathBuf, reason: String },
     #[error("configuration: {0}")]
     Config(String),
+    #[error("make durable what was replayed")]
+    Flush(#[from] FlushError),
 }
 
 /// Where a partition stands.
@@ -504,7 +506,8 @@ impl Partitions {
 }
 
 impl<I: Io, T: 'static> Store<I, T> {
-    /// Opens or makes the store in `config.dir` and replays the journal. Nothing is flushed before [`Store::start`].
+    /// Opens or makes the store in `config.dir` and replays the journal. Nothing is written to that before [`Store::start`];
+    /// what took long to replay is made durable in the index, and not replayed again.
     pub async fn open(io: I, config: StoreConfig, index: Index) -> Result<(Store<I, T>, Recovered), OpenError> {
         Store::open_with(io, config, index, |_, _| {}).await
     }

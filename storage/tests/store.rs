@@ -4,9 +4,9 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Fixture, open, run, small};
-use drava_protocol::PartitionId;
-use drava_storage::{Cached, PartitionLimits, PartitionSlot, StoreConfig};
+use common::{Fixture, Token, open, run, small};
+use drava_protocol::{PartitionId, ShardId};
+use drava_storage::{Cached, GlommioIo, IndexDb, PartitionLimits, PartitionSlot, Store, StoreConfig};
 
 fn slots(fixture: &Fixture, count: u64) -> Vec<PartitionSlot> {
     (1..=count).map(|id| fixture.store.open_partition(PartitionId(id), PartitionLimits::default())).collect()
@@ -164,6 +164,38 @@ fn replay_gives_the_batches_behind_the_covered_position() {
         assert_eq!(f.read_all(slots(&f, 1)[0], 0).await.0, [(0, 5), (2, 7)]);
         f.store.close().await;
     });
+}
+
+/// Killed before its index is durable, again and again, a node would have more to replay at each start.
+#[test]
+fn what_took_long_to_replay_is_not_replayed_again() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let f = open(dir.path(), small(dir.path())).await;
+        let slot = slots(&f, 1)[0];
+        for seed in 0..50 {
+            f.append(slot, seed, 1, 8000);
+        }
+        f.flushed(50).await;
+        f.store.close().await;
+    });
+    let replayed_bytes = |index_flush_bytes| {
+        run(async {
+            let config = StoreConfig { index_flush_bytes, ..small(dir.path()) };
+            let index = IndexDb::open(&dir.path().join("index"), 1).unwrap();
+            let opened = Store::<_, Token>::open(GlommioIo::new(), config, index.shard(ShardId(0))).await;
+            // It is not started: nothing is made durable later.
+            let (store, recovered) = opened.unwrap();
+            assert_eq!(recovered.partitions[0].end_offset, 50);
+            store.close().await;
+            recovered.replayed_bytes
+        })
+    };
+    let all = replayed_bytes(1 << 20);
+    assert!(50 * 8000 < all);
+    assert_eq!(replayed_bytes(1 << 20), all, "that little is left to the first batch");
+    assert_eq!(replayed_bytes(all), all);
+    assert_eq!(replayed_bytes(all), 0);
 }
 
 #[test]

@@ -26,6 +26,12 @@ proptest! {
     }
 }
 
+#[test]
+fn an_index_that_covers_up_to_block_0_is_an_error() {
+    let recipe = [250, 33, 88, 88, 170, 170, 170, 170, 254, 255];
+    assert_eq!(untrusted::open_and_read(&recipe).blocks, 0);
+}
+
 /// Or the tests above would say nothing.
 #[test]
 fn recipes_lead_to_blocks_that_are_replayed_and_batches_that_are_read() {

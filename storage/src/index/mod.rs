@@ -31,7 +31,7 @@ use crate::damage::{Damage, DamageRow};
 use crate::foreign::{ForeignSegment, StoreId};
 use crate::io::Io;
 use crate::journal::JournalEnd;
-use crate::segment::{SegmentId, SegmentKind};
+use crate::segment::{COUNTER_MAX, SegmentId, SegmentKind};
 
 const TABLE_COVERED: u8 = b'c';
 const TABLE_EXTENT: u8 = b'e';
@@ -944,6 +944,9 @@ impl Covered {
             next_sequence: le_u64(rest)?,
             previous_crc: le_u32(rest)?,
         };
+        if !(1..=COUNTER_MAX).contains(&end.next_sequence) || COUNTER_MAX < end.generation {
+            return Err(IndexError::Row("the covered position is none"));
+        }
         Ok(Covered { end, sealed: sealed != 0 })
     }
 }
