@@ -117,13 +117,20 @@ enum CompactionSegment {
 }
 
 /// Where the journal goes on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct JournalEnd {
     pub(crate) segment: SegmentId,
     pub(crate) generation: u64,
     pub(crate) position: u64,
     pub(crate) next_sequence: u64,
     pub(crate) previous_crc: u32,
+}
+
+impl Default for JournalEnd {
+    /// Of a new journal, whose first block is 1.
+    fn default() -> JournalEnd {
+        JournalEnd { segment: SegmentId::default(), generation: 0, position: 0, next_sequence: 1, previous_crc: 0 }
+    }
 }
 
 impl JournalEnd {
@@ -248,7 +255,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 active = Some((end.segment, end.position));
             }
         }
-        let next_sequence = end.map_or(1, |end| end.next_sequence);
+        let next_sequence = end.unwrap_or_default().next_sequence;
         let mut cuts = Vec::new();
         for cut in segments.iter().flatten().flat_map(|segment| &segment.cuts) {
             if !cuts.contains(cut) {
@@ -277,7 +284,7 @@ impl<I: Io, P: 'static> Journal<I, P> {
                 recycled: 0,
                 written_at: Duration::ZERO,
                 compaction: CompactionSegment::NotWanted,
-                durable_end: end.unwrap_or(JournalEnd { next_sequence, ..JournalEnd::default() }),
+                durable_end: end.unwrap_or_default(),
                 cuts,
                 rolling: None,
                 rolls: 0,

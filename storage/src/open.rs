@@ -18,7 +18,7 @@ use crate::flush::Indexing;
 use crate::foreign::Foreign;
 use crate::index::{Covered, ExtentRow, Index, IndexBatch, IndexThread, SegmentRow};
 use crate::io::{ALIGNMENT, Io};
-use crate::journal::{Journal, JournalConfig, JournalEnd, Role, Segment};
+use crate::journal::{Journal, JournalConfig, Role, Segment};
 use crate::ledger::{Ledgers, RollPolicy, Writer};
 use crate::managed_ledger::ManagedLedger;
 use crate::memory::Memory;
@@ -130,7 +130,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
         }
     }
     let rebuilt = covered.is_none() && 0 < replayed.blocks;
-    let end = replayed.end.unwrap_or(JournalEnd { next_sequence: 1, ..JournalEnd::default() });
+    let end = replayed.end.unwrap_or_default();
 
     let Replay { mut partitions, state, mut batches, index: mut batch, .. } = replay;
     let mut state = state;
@@ -168,7 +168,7 @@ pub(crate) async fn open<I: Io, T: 'static>(
     derive(&found, &mut derived);
     batch.state.append(&mut derived.rows);
     let foreign = Foreign::new(io.clone(), config.foreign.clone(), foreign_live);
-    let known_end = covered.map_or(JournalEnd { next_sequence: 1, ..JournalEnd::default() }, |covered| covered.end);
+    let known_end = covered.unwrap_or_default().end;
     if sealed {
         // From here on the journal is not closed any more.
         let covered = Covered { end: known_end, sealed: false };

@@ -15,7 +15,7 @@ use drava_runtime::local::{Notify, OneshotSender, oneshot};
 use crate::block::{BLOCK_BYTES_MAX, BlockWriter, EXTENT_HEADER_BYTES, ExtentHeader, ExtentKind, HEADER_BYTES};
 use crate::index::Trim;
 use crate::io::{ALIGNMENT, Io};
-use crate::journal::{Journal, JournalConfig, JournalEnd};
+use crate::journal::{Journal, JournalConfig};
 use crate::memory::Memory;
 use crate::pool::{self, BufferPool};
 use crate::recovery::{self, Visited, Visitor, open_error};
@@ -127,7 +127,7 @@ impl<I: Io> RecordLog<I> {
                 segment.live_bytes += 1;
             }
         }
-        let end = replayed.end.unwrap_or(JournalEnd { next_sequence: 1, ..JournalEnd::default() });
+        let end = replayed.end.unwrap_or_default();
         let woken = Rc::new(Notify::default());
         let journal_config = JournalConfig {
             dir: dir.to_owned(),

@@ -76,7 +76,7 @@ pub fn move_rows(
     let mut partitions = BTreeSet::new();
     let mut moved = Moved::default();
     let mut damages = 0;
-    let mut end = JournalEnd { next_sequence: 1, ..JournalEnd::default() };
+    let mut end = JournalEnd::default();
     for (store, index) in old {
         let covered = index.covered()?.filter(|covered| covered.sealed).ok_or(ReshardError::NotSealed(*store))?;
         // Readers know blocks by their sequence: what is written from here on has none that an old block has.
@@ -104,7 +104,7 @@ pub fn move_rows(
     }
     for target in targets {
         // A store without rows begins like any new one: with block 1, before which nothing can be missing.
-        let end = if target.is_empty { JournalEnd { next_sequence: 1, ..JournalEnd::default() } } else { end };
+        let end = if target.is_empty { JournalEnd::default() } else { end };
         target.finish(Covered { end, sealed: false })?;
     }
     moved.partitions = partitions.len() as u64;

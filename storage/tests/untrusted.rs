@@ -27,9 +27,12 @@ proptest! {
 }
 
 #[test]
-fn an_index_that_covers_up_to_block_0_is_an_error() {
-    let recipe = [250, 33, 88, 88, 170, 170, 170, 170, 254, 255];
-    assert_eq!(untrusted::open_and_read(&recipe).blocks, 0);
+fn an_index_that_covers_up_to_nowhere_is_an_error() {
+    let block_0 = [250, 33, 88, 88, 170, 170, 170, 170, 254, 255];
+    let position_max = [10, 193, 0, 0, 4, 216, 249, 205, 255, 254];
+    for recipe in [block_0, position_max] {
+        assert_eq!(untrusted::open_and_read(&recipe).blocks, 0);
+    }
 }
 
 /// Or the tests above would say nothing.

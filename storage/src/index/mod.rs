@@ -944,7 +944,9 @@ impl Covered {
             next_sequence: le_u64(rest)?,
             previous_crc: le_u32(rest)?,
         };
-        if !(1..=COUNTER_MAX).contains(&end.next_sequence) || COUNTER_MAX < end.generation {
+        // A segment is below 4 GiB.
+        let is_a_place = end.generation <= COUNTER_MAX && end.position <= u64::from(u32::MAX);
+        if !is_a_place || !(1..=COUNTER_MAX).contains(&end.next_sequence) {
             return Err(IndexError::Row("the covered position is none"));
         }
         Ok(Covered { end, sealed: sealed != 0 })
