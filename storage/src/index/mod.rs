@@ -840,7 +840,7 @@ impl ExtentRow {
             next_offset,
             ledger: le_u32(value)?,
             segment: SegmentId(le_u32(value)?),
-            position: le_u64(value)?,
+            position: le_position(value)?,
             in_block: le_u32(value)?,
             body_bytes: le_u32(value)?,
             entry_count: le_u32(value)?,
@@ -940,13 +940,11 @@ impl Covered {
         let end = JournalEnd {
             segment: SegmentId(le_u32(rest)?),
             generation: le_u64(rest)?,
-            position: le_u64(rest)?,
+            position: le_position(rest)?,
             next_sequence: le_u64(rest)?,
             previous_crc: le_u32(rest)?,
         };
-        // A segment is below 4 GiB.
-        let is_a_place = end.generation <= COUNTER_MAX && end.position <= u64::from(u32::MAX);
-        if !is_a_place || !(1..=COUNTER_MAX).contains(&end.next_sequence) {
+        if COUNTER_MAX < end.generation || !(1..=COUNTER_MAX).contains(&end.next_sequence) {
             return Err(IndexError::Row("the covered position is none"));
         }
         Ok(Covered { end, sealed: sealed != 0 })
@@ -955,6 +953,13 @@ impl Covered {
 
 fn in_order(start_offset: u64, end_offset: u64) -> Result<(), IndexError> {
     if start_offset <= end_offset { Ok(()) } else { Err(IndexError::Row("its offsets end before they start")) }
+}
+
+/// In a segment, which is below 4 GiB.
+fn le_position(bytes: &mut &[u8]) -> Result<u64, IndexError> {
+    let position = le_u64(bytes)?;
+    let is_one = position <= u64::from(u32::MAX);
+    if is_one { Ok(position) } else { Err(IndexError::Row("a position is in no segment")) }
 }
 
 fn take<const N: usize>(bytes: &mut &[u8]) -> Result<[u8; N], IndexError> {
