@@ -428,10 +428,10 @@ pub fn check_batches(
     while let Some(bytes) = batch_bytes(&body[position..]) {
         let check = if cfg!(feature = "mutant-skip-crc") { batch::header } else { batch::check_appended };
         let header = check(&body[position..position + bytes]).ok().filter(|header| {
-            let next_offset = header.base_offset.saturating_add(header.record_count as u64);
+            let next_offset = header.base_offset.checked_add(header.record_count as u64);
             // Without a bad one before it a batch lies at the very offset: the field is outside its own checksum.
             let placed = if lost { expected <= header.base_offset } else { expected == header.base_offset };
-            placed && next_offset <= extent.next_offset()
+            placed && next_offset.is_some_and(|next_offset| next_offset <= extent.next_offset())
         });
         lost = header.is_none();
         if let Some(header) = header {
