@@ -185,8 +185,7 @@ impl Partition {
         );
         let promised_end = self.promised_end();
         if span.end < promised_end {
-            let lost = self.within(&(span.end..promised_end));
-            let lost = &self.entries[lost];
+            let lost = &self.entries[self.within(&(span.end..promised_end))];
             // Of what was trimmed only the index and the checkpoint know where it ended; both are gone.
             let start_max = if self.damaged { self.start_max() } else { 0 };
             let gone = |entry: &Entry| entry.damaged || entry.next_offset() <= start_max;

@@ -134,9 +134,9 @@ pub(crate) async fn open<I: Io, T: 'static>(
 
     let Replay { mut partitions, state, mut batches, index: mut batch, .. } = replay;
     let mut state = state;
-    // What was replayed goes to the index with the first batch after the start, which has the state that the shard
-    // derives from it. Were it covered any earlier, a crash in between would leave the index without that state, and
-    // the entries would not be replayed again: a producer's retry would be appended twice.
+    // What was replayed goes to the index with the next batch, which has the state that the shard derives from it. Were it
+    // covered any earlier, a crash in between would leave the index without that state, and the entries would not be
+    // replayed again: a producer's retry would be appended twice.
     let pending = 0 < replayed.blocks;
     let mut touched = Vec::new();
     for (slot, partition) in partitions.list.iter_mut().enumerate() {
@@ -216,7 +216,6 @@ pub(crate) async fn open<I: Io, T: 'static>(
         index_rebuilt: rebuilt,
         rebuilt: made_anew,
     };
-    let is_long = config.index_flush_bytes <= recovered.replayed_bytes;
     let inner = Inner {
         pool: Rc::new(BufferPool::new(io.clone(), memory.buffers_bytes_max() as usize, memory.clone())),
         staging: RefCell::new(Staging::new(config.block_bytes_max)),
@@ -258,8 +257,10 @@ pub(crate) async fn open<I: Io, T: 'static>(
         io,
         foreign,
     };
-    // A node that is killed again and again soon after its start would replay more each time.
-    if is_long && inner.has_index_room().await {
+    // A node that is killed again and again soon after its start would replay more each time. Damage is found anew by the
+    // next replay, until it is in the index: what has some is left to the first batch after the start.
+    let is_long = inner.config.index_flush_bytes <= recovered.replayed_bytes;
+    if is_long && recovered.damaged.is_empty() && inner.has_index_room().await {
         inner.send_index_batch(None, true, false).await?;
     }
     Ok((inner, recovered))
